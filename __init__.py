@@ -1,0 +1,36 @@
+"""TokenFLEX: one vision-language model, any number of vision tokens (arXiv 2504.03154)."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+
+from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grid, resolve_vision_token_grids
+from .modeling_tokenflex import (
+    TokenFlexForConditionalGeneration,
+    TokenFlexModel,
+    TokenFlexPreTrainedModel,
+    TokenFlexProjector,
+    pooling_weights,
+    recount_vision_tokens,
+)
+from .processing_tokenflex import TokenFlexProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("tokenflex", TokenFlexConfig, exist_ok=True)
+AutoModel.register(TokenFlexConfig, TokenFlexModel, exist_ok=True)
+AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(TokenFlexConfig, TokenFlexForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor, exist_ok=True)
+
+__all__ = [
+    "TokenFlexConfig",
+    "TokenFlexForConditionalGeneration",
+    "TokenFlexModel",
+    "TokenFlexPreTrainedModel",
+    "TokenFlexProcessor",
+    "TokenFlexProjector",
+    "pooling_weights",
+    "recount_vision_tokens",
+    "resolve_vision_token_grid",
+    "resolve_vision_token_grids",
+]

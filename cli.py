@@ -1,0 +1,26 @@
+"""The `tokenflex` command: every verb is a function elsewhere."""
+
+import argparse
+import importlib
+
+
+VERBS = {
+    "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
+    "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
+    "generate": ("generate", "answer a question about an image at one or several counts"),
+    "quickstart": ("quickstart", "train, evaluate and try the embedded tiny model, start to end"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="tokenflex",
+        description="TokenFLEX: one vision-language model, any number of vision tokens.",
+        epilog="`tokenflex VERB --help` lists a verb's arguments.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (_, summary) in VERBS.items():
+        verbs.add_parser(verb, help=summary, add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    module = importlib.import_module(f".{VERBS[args.verb][0]}", __package__)
+    module.main(rest)

@@ -1,0 +1,265 @@
+"""TokenFLEX model configuration, and the arithmetic of vision-token counts and grids."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+def resolve_vision_token_grid(
+    num_vision_tokens: int | tuple[int, int],
+    patch_grid: tuple[int, int],
+    name: str = "num_vision_tokens",
+) -> tuple[int, int]:
+    """
+    Maps a vision-token count to the grid that the patch grid is pooled to. Nothing is rounded: a count that the rule
+    does not allow is refused.
+
+    Args:
+        num_vision_tokens (`int` or `tuple[int, int]`):
+            The number of vision tokens of one image, a square `n * n` with `n` at most the shorter side of
+            `patch_grid`; or the grid itself as `(rows, columns)`, each side within `patch_grid`.
+        patch_grid (`tuple[int, int]`):
+            Rows and columns of the vision tower's patch grid.
+        name (`str`, *optional*, defaults to `"num_vision_tokens"`):
+            The argument to name in errors.
+
+    Returns:
+        `tuple[int, int]`: The grid as (rows, columns).
+
+    Raises:
+        ValueError: If the count is not an integer, not a square, smaller than 1 or larger than the patch grid. The
+            message names the nearest counts that are allowed.
+
+    Example:
+
+    ```python
+    >>> from tokenflex import resolve_vision_token_grid
+
+    >>> resolve_vision_token_grid(144, patch_grid=(27, 27))
+    (12, 12)
+    ```
+    """
+    max_rows, max_columns = patch_grid
+    if isinstance(num_vision_tokens, tuple):
+        try:
+            rows, columns = (_as_integer(side) for side in num_vision_tokens)
+        except (TypeError, ValueError):
+            rows = columns = 0
+        if not (1 <= rows <= max_rows and 1 <= columns <= max_columns):
+            raise ValueError(
+                f"`{name}`={num_vision_tokens!r}: a grid is (rows, columns), two integers from (1, 1) to the patch grid "
+                f"({max_rows}, {max_columns})."
+            )
+        return rows, columns
+
+    max_side = min(patch_grid)
+    try:
+        count = _as_integer(num_vision_tokens)
+    except TypeError:
+        raise ValueError(
+            f"`{name}`={num_vision_tokens!r} ({type(num_vision_tokens).__name__}): a vision-token count is an integer "
+            f"n*n with n from 1 to {max_side}, or a tuple (rows, columns)."
+        ) from None
+    side = math.isqrt(max(count, 0))
+    if count < 1 or side * side != count or side > max_side:
+        lower = min(max(side, 1), max_side)
+        nearest = sorted({lower**2, min(lower + 1, max_side) ** 2}, key=lambda allowed: abs(allowed - count))
+        nearest = nearest if 1 < count < max_side**2 else nearest[:1]
+        raise ValueError(
+            f"`{name}`={count}: a vision-token count is a square n*n with n from 1 to {max_side} (the patch grid is "
+            f"{max_rows} x {max_columns}), or a tuple (rows, columns). Nearest: {' or '.join(map(str, sorted(nearest)))}."
+        )
+    return side, side
+
+
+def resolve_vision_token_grids(
+    num_vision_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]],
+    num_images: int,
+    patch_grid: tuple[int, int],
+    name: str = "num_vision_tokens",
+) -> list[tuple[int, int]]:
+    """
+    Maps one count for all images, or a list with one count per image, to one grid per image.
+
+    Args:
+        num_vision_tokens (`int`, `tuple[int, int]` or a list of these):
+            An integer or a `(rows, columns)` tuple holds for all images; a list has one entry per image.
+        num_images (`int`):
+            The number of images.
+        patch_grid (`tuple[int, int]`):
+            Rows and columns of the vision tower's patch grid.
+        name (`str`, *optional*, defaults to `"num_vision_tokens"`):
+            The argument to name in errors.
+
+    Returns:
+        `list[tuple[int, int]]`: One (rows, columns) per image.
+
+    Raises:
+        ValueError: If an entry is not allowed (see [`resolve_vision_token_grid`]), or a list has another length than
+            `num_images`.
+    """
+    if not isinstance(num_vision_tokens, list):
+        return [resolve_vision_token_grid(num_vision_tokens, patch_grid, name)] * num_images
+    if len(num_vision_tokens) != num_images:
+        raise ValueError(
+            f"`{name}` lists {len(num_vision_tokens)} counts for {num_images} images: give one count per image in order "
+            "of appearance, or a single integer for all of them."
+        )
+    return [resolve_vision_token_grid(count, patch_grid, f"{name}[{i}]") for i, count in enumerate(num_vision_tokens)]
+
+
+def _as_integer(value) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a bool is not a count")
+    return operator.index(value)
+
+
+def _as_pair(value) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+@strict
+class TokenFlexConfig(PreTrainedConfig):
+    r"""
+    Configuration of a TokenFLEX model ([arXiv 2504.03154](https://huggingface.co/papers/2504.03154)). The defaults are
+    the paper's: a SigLIP-so400m-patch14-384 tower, a Qwen2.5-7B language model and 64, 144 or 256 vision tokens drawn
+    with the weights 2:3:5.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to SigLIP-so400m-patch14-384):
+            The vision tower's configuration. A pooling head is turned off, since the model reads patch features.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Qwen2.5-7B):
+            The language model's configuration.
+        image_token_id (`int`, *optional*, defaults to 151655):
+            The placeholder token of one vision token (`<|image_pad|>` in Qwen2.5's vocabulary).
+        num_vision_tokens (`int`, *optional*, defaults to 256):
+            The vision-token count per image when none is asked for.
+        vision_token_choices (`list[int]`, *optional*, defaults to `[64, 144, 256]`):
+            The counts that training draws from (paper, section "set-up").
+        vision_token_weights (`list[float]`, *optional*, defaults to `[0.2, 0.3, 0.5]`):
+            One weight per choice; they are normalised when drawing.
+        vision_feature_layer (`int`, *optional*, defaults to -1):
+            The tower's hidden state that feeds the projector; -1 is the tower's normalised output.
+        projector_hidden_size (`int`, *optional*, defaults to the language model's hidden size):
+            The inner width of the projector's SwiGLU. The paper does not state it.
+        projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
+            The activation of the projector's gate.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            The standard deviation of the projector's initial weights.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether input and output embeddings are shared. Set when either this or the text config says so.
+
+    Example:
+
+    ```python
+    >>> from tokenflex import TokenFlexConfig
+
+    >>> config = TokenFlexConfig()
+    >>> config.patch_grid, config.vision_token_choices
+    ((27, 27), [64, 144, 256])
+    ```
+    """
+
+    model_type = "tokenflex"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="siglip_vision_model",
+            init_kwargs={
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+            },
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="qwen2",
+            init_kwargs={
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "max_window_layers": 28,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+                "rms_norm_eps": 1e-6,
+            },
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    num_vision_tokens: int = 256
+    vision_token_choices: list[int] | tuple[int, ...] | None = None
+    vision_token_weights: list[float | int] | tuple[float | int, ...] | None = None
+    vision_feature_layer: int = -1
+    projector_hidden_size: int | None = None
+    projector_hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        # vLLM and SGLang read this entry; the other classes add theirs when they are saved.
+        kwargs.setdefault("auto_map", {"AutoModel": "modeling_tokenflex.TokenFlexModel"})
+        super().__post_init__(**kwargs)
+        if getattr(self.vision_config, "vision_use_head", False):
+            self.vision_config.vision_use_head = False
+        # Models tie by the top-level value, towers' checkpoints say it in the text config.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.projector_hidden_size is None:
+            self.projector_hidden_size = self.text_config.hidden_size
+        self.vision_token_choices = list(
+            self.vision_token_choices if self.vision_token_choices is not None else [64, 144, 256]
+        )
+        self.vision_token_weights = list(
+            self.vision_token_weights if self.vision_token_weights is not None else [0.2, 0.3, 0.5]
+        )
+        self._check_vision_tokens()
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Rows and columns of the vision tower's patch grid."""
+        height, width = _as_pair(self.vision_config.image_size)
+        patch_height, patch_width = _as_pair(self.vision_config.patch_size)
+        return height // patch_height, width // patch_width
+
+    def _check_vision_tokens(self):
+        resolve_vision_token_grid(self.num_vision_tokens, self.patch_grid)
+        if not self.vision_token_choices:
+            raise ValueError("`vision_token_choices` is empty: give at least one vision-token count.")
+        for i, count in enumerate(self.vision_token_choices):
+            resolve_vision_token_grid(count, self.patch_grid, f"vision_token_choices[{i}]")
+        check_vision_token_weights(self.vision_token_choices, self.vision_token_weights)
+
+
+def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float]) -> None:
+    """
+    Checks that there is one finite, non-negative weight per count, not all of them zero.
+
+    Raises:
+        ValueError: If that does not hold; the message names both lists.
+    """
+    if len(choices) != len(weights):
+        raise ValueError(
+            f"`vision_token_weights` has {len(weights)} entries for {len(choices)} `vision_token_choices` "
+            f"({list(weights)} for {list(choices)}): give one weight per choice."
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+        raise ValueError(
+            f"`vision_token_weights`={list(weights)}: weights are finite, not negative and not all zero, such as "
+            "[0.2, 0.3, 0.5]."
+        )
+
+
+__all__ = ["TokenFlexConfig", "resolve_vision_token_grid", "resolve_vision_token_grids"]

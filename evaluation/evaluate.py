@@ -1,0 +1,94 @@
+"""`tokenflex eval`: scores a checkpoint on a data set at every vision-token count."""
+
+import json
+import platform
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..files import write_file
+from ..training.datasets import load_rows
+from .latency import time_to_first_token
+from .report import markdown_table, plot_png
+from .sweep import predict, score
+
+
+def evaluate(
+    model,
+    processor,
+    dataset,
+    counts: list[int] | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    latency_batch_size: int = 16,
+    show_progress: bool = True,
+) -> tuple[dict, list]:
+    """
+    Scores a model at every count and measures the time to first token beside it.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        dataset (sequence): Rows as [`to_example`] takes or returns them.
+        counts (`list[int]`, *optional*): Vision-token counts. Defaults to the config's `vision_token_choices`.
+        batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
+        max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
+        latency_batch_size (`int`, *optional*, defaults to 16): Prompts per batch when timing; 0 measures no time.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
+
+    Returns:
+        `tuple[dict, list[Prediction]]`: The report and every answer.
+    """
+    counts = list(counts or model.config.vision_token_choices)
+    predictions = predict(model, processor, dataset, counts, batch_size, max_new_tokens, show_progress)
+    report = score(predictions, counts)
+    if latency_batch_size:
+        rows = [dataset[i % len(dataset)] for i in range(latency_batch_size)]
+        images = [row["image"] if isinstance(row, dict) else row.images[0] for row in rows]
+        times = time_to_first_token(model, processor, images, predictions[0].question, counts)
+        report["milliseconds_to_first_token"] = times
+        report["latency_batch_size"] = latency_batch_size
+    report["machine"] = {
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return report, predictions
+
+
+def save_report(folder: str | Path, report: dict, predictions: list, title: str) -> None:
+    """Writes `results.json`, `results.md`, `results.png` and `predictions.jsonl`."""
+    folder = Path(folder)
+    write_file(folder / "results.json", json.dumps(report, indent=2) + "\n")
+    write_file(folder / "results.md", markdown_table(report))
+    write_file(folder / "results.png", plot_png(report, title))
+    lines = [json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions]
+    write_file(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="tokenflex eval", description="Score a checkpoint at every vision-token count.")
+    parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument("--dataset", required=True, help="A parquet, JSON, JSONL or CSV file, or a Hub id.")
+    parser.add_argument("--dataset_split", default="test", help="The split of a Hub data set. Default: %(default)s.")
+    parser.add_argument("--image_folder", help="Where relative image paths start. Default: the file's folder.")
+    parser.add_argument("--on_bad_row", default="error", choices=["error", "skip"], help="Default: %(default)s.")
+    parser.add_argument("--counts", type=int, nargs="+", help="Vision-token counts. Default: the config's choices.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Questions at a time. Default: %(default)s.")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="Longest answer. Default: %(default)s.")
+    parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go. Default: %(default)s.")
+    args = parser.parse_args(argv)
+    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
+    report, predictions = evaluate(
+        model, processor, rows, args.counts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+    )
+    save_report(args.output_dir, report, predictions, Path(args.dataset).stem)
+    print(markdown_table(report))  # noqa: T201
+    summary = {"accuracy": {count: scores["overall"] for count, scores in report["accuracy"].items()}}
+    print(json.dumps({**summary, "output_dir": args.output_dir}))  # noqa: T201

@@ -1,0 +1,21 @@
+"""Scores of answers."""
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """
+    Whether two answers are the same but for case, surrounding space and a final full stop.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import exact_match
+
+    >>> exact_match(" Red.", "red")
+    True
+    ```
+    """
+    return _normalise(prediction) == _normalise(answer)
+
+
+def _normalise(answer: str) -> str:
+    return answer.strip().removesuffix(".").strip().casefold()

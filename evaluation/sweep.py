@@ -1,0 +1,148 @@
+"""Answers and scores of one model at every vision-token count."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from ..training.data import Example, to_example
+from .metrics import exact_match
+
+
+@dataclass
+class Prediction:
+    """
+    Args:
+        index (`int`): The row in the data set.
+        family (`str`): The kind of question, `"all"` where the data names none.
+        question (`str`): The question's text.
+        answer (`str`): The expected answer.
+        predictions (`dict[int, str]`): The model's answer at each count.
+    """
+
+    index: int
+    family: str
+    question: str
+    answer: str
+    predictions: dict[int, str]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
+    """Rows in order, together holding at most `batch_size` questions, or one row if that alone holds more."""
+    batch, size = [], 0
+    for index in range(len(dataset)):
+        row = dataset[index]
+        example = row if isinstance(row, Example) else to_example(row)
+        if batch and size + len(example.dialogs) > batch_size:
+            yield batch
+            batch, size = [], 0
+        batch.append((index, example))
+        size += len(example.dialogs)
+    if batch:
+        yield batch
+
+
+def _text(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+
+
+@torch.no_grad()
+def predict(
+    model,
+    processor,
+    dataset,
+    counts: Sequence[int],
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    show_progress: bool = True,
+) -> list[Prediction]:
+    """
+    Answers the last question of every dialog at every count. The vision tower runs once per image, whatever the number
+    of counts and questions.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        dataset (sequence): Rows as [`to_example`] takes or returns them.
+        counts (`Sequence[int]`): The vision-token counts.
+        batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
+        max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
+
+    Returns:
+        `list[Prediction]`: One per dialog, in order.
+    """
+    model.eval()
+    tokenizer, results = processor.tokenizer, []
+    progress = tqdm(total=len(dataset), unit="image", desc="Evaluating", disable=not show_progress)
+    for batch in _batches(dataset, batch_size):
+        images = [image for _, example in batch for image in example.images]
+        prompts, used, targets, first_image = [], [], [], 0
+        for index, example in batch:
+            for number, dialog in enumerate(example.dialogs):
+                last = max(i for i, message in enumerate(dialog) if message["role"] == "assistant")
+                prompts.append(processor.apply_chat_template(dialog[:last], add_generation_prompt=True))
+                used += range(first_image, first_image + len(example.images))
+                family = example.families[number] if example.families else "all"
+                targets.append(Prediction(index, family, _text(dialog[last - 1]), _text(dialog[last]), {}))
+            first_image += len(example.images)
+        inputs = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        inputs = dict(inputs.to(model.device))
+        if images:
+            pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
+            features = model.get_image_features(pixel_values)
+            features.last_hidden_state = features.last_hidden_state[used]
+            inputs["vision_token_grids"] = torch.ones(len(used), 2, dtype=torch.long, device=model.device)
+            inputs["mm_encoder_outputs"] = {"image": features}
+        for count in counts:
+            output = model.generate(**inputs, num_vision_tokens=count, max_new_tokens=max_new_tokens, do_sample=False)
+            answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for target, answer in zip(targets, answers):
+                target.predictions[count] = answer.strip()
+        results += targets
+        progress.update(len(batch))
+    progress.close()
+    return results
+
+
+def score(predictions: Sequence[Prediction], counts: Sequence[int]) -> dict:
+    """
+    Exact-match accuracy per count and family.
+
+    Args:
+        predictions (`Sequence[Prediction]`): What [`predict`] returns.
+        counts (`Sequence[int]`): The counts to score.
+
+    Returns:
+        `dict`: `questions` (per family), `majority` (per family, the accuracy of always giving its commonest answer)
+        and `accuracy` (per count: each family, `mean` over families and `overall` over questions), all from 0 to 1.
+    """
+    families = defaultdict(list)
+    for prediction in predictions:
+        families[prediction.family].append(prediction)
+    accuracy = {}
+    for count in counts:
+        right = {
+            family: [exact_match(p.predictions[count], p.answer) for p in members]
+            for family, members in families.items()
+        }
+        per_family = {family: sum(hits) / len(hits) for family, hits in sorted(right.items())}
+        accuracy[count] = {
+            **per_family,
+            "mean": sum(per_family.values()) / len(per_family),
+            "overall": sum(map(sum, right.values())) / len(predictions),
+        }
+    return {
+        "questions": {family: len(members) for family, members in sorted(families.items())},
+        "majority": {
+            family: Counter(p.answer for p in members).most_common(1)[0][1] / len(members)
+            for family, members in sorted(families.items())
+        },
+        "accuracy": accuracy,
+    }

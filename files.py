@@ -1,0 +1,66 @@
+"""Saving without half-written results: everything is written under a temporary name, then renamed."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_directory(path: str | Path) -> Iterator[Path]:
+    """
+    Yields a new empty folder that takes the place of `path` once the block has ended well. If the block raises, what
+    was at `path` stays as it was.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from tokenflex.files import replace_directory
+
+    >>> target = Path(tempfile.mkdtemp()) / "checkpoint"
+    >>> with replace_directory(target) as folder:
+    ...     _ = (folder / "config.json").write_text("{}")
+    >>> [file.name for file in target.iterdir()]
+    ['config.json']
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, model, processor) -> None:
+    """Saves a model and its processor as one folder that the Auto classes load, whole or not at all."""
+    with replace_directory(path) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -1,0 +1,186 @@
+"""
+`tokenflex quickstart` (`make demo`): the whole job in minutes on two CPU cores, from nothing to answers at two counts.
+
+Draws its data, trains a tiny tower, then the tiny model with sampled counts, evaluates it at every count, writes table,
+plot and checkpoint, loads the checkpoint through the Auto classes and asks it a question. Stages that a former run has
+finished with the same settings are used again.
+"""
+
+import json
+import os
+import resource
+import time
+from argparse import ArgumentParser
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+
+from .evaluation import evaluate, save_report
+from .evaluation.report import markdown_table
+from .files import save_checkpoint, write_file
+from .generate import answer
+from .training.optimization import MuonAdamW
+from .training.patch_labels import PatchLabelCollator, PatchLabelDataset, PatchLabelModel
+from .training.synthetic import SyntheticVQA, draw_scene
+from .training.tiny import tiny_model_and_processor
+from .training.train import TokenFlexTrainingArguments, build_trainer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    Args:
+        name (`str`): The stage's name, and its folder's.
+        summary (`str`): What it does, in a line.
+        steps (`int`): Optimizer steps.
+        batch_size (`int`): Images per step.
+        learning_rate (`float`): The peak; held for half of the steps, then lowered linearly.
+        vision_token_choices (`tuple[int, ...]`, *optional*): The counts drawn from; the model's own when not given.
+    """
+
+    name: str
+    summary: str
+    steps: int
+    batch_size: int
+    learning_rate: float = 2e-3
+    vision_token_choices: tuple[int, ...] | None = None
+
+
+SEE = Stage("1-see", "the tower alone learns to see, from dense labels", steps=1200, batch_size=32)
+LISTEN = Stage("2-listen", "the whole model, on all 64 patches", steps=400, batch_size=16, vision_token_choices=(64,))
+FLEX = Stage("3-flex", "the whole model, on 4, 16 or 36 vision tokens drawn per step", steps=1400, batch_size=16)
+STAGES = (SEE, LISTEN, FLEX)
+
+TRAIN_SEEDS = {"1-see": 1, "2-listen": 2, "3-flex": 3}
+TEST_SEED = 1000  # images that no stage draws
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="tokenflex quickstart", description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--output_dir", default="outputs/demo", help="Where everything goes. Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights and draws. Default: %(default)s.")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="Scales every stage's steps. Default: 1.")
+    parser.add_argument("--test_images", type=int, default=1000, help="Images to evaluate on. Default: %(default)s.")
+    parser.add_argument("--fresh", action="store_true", help="Train again even if a former run can be used.")
+    args = parser.parse_args(argv)
+    quickstart(Path(args.output_dir), args.seed, args.steps_scale, args.test_images, args.fresh)
+
+
+def quickstart(
+    output_dir: Path, seed: int = 0, steps_scale: float = 1.0, test_images: int = 1000, fresh: bool = False
+) -> Path:
+    """
+    Runs all stages, the evaluation and the trial; prints as it goes.
+
+    Args:
+        output_dir (`Path`): Where stages, checkpoint, table and plot go.
+        seed (`int`, *optional*, defaults to 0): Seed of weights and draws.
+        steps_scale (`float`, *optional*, defaults to 1.0): Scales every stage's steps.
+        test_images (`int`, *optional*, defaults to 1000): How many images to evaluate on.
+        fresh (`bool`, *optional*, defaults to `False`): Train again even if a former run can be used.
+
+    Returns:
+        `Path`: The checkpoint.
+    """
+    start = time.time()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, processor = tiny_model_and_processor(seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _say(f"A tiny TokenFLEX model: {parameters:,} parameters, {torch.get_num_threads()} CPU threads, seed {seed}.")
+    settings = {"seed": seed, "steps_scale": steps_scale, "stages": []}
+    for number, stage in enumerate(STAGES, start=1):
+        settings["stages"].append(asdict(stage))
+        _say(f"\nStage {number} of {len(STAGES)}: {stage.summary}.")
+        model = _run_stage(stage, model, processor, output_dir, settings, fresh)
+
+    _say(f"\nEvaluation at every count, on {test_images} images that training never saw.")
+    report, predictions = evaluate(model, processor, SyntheticVQA(test_images, TEST_SEED), max_new_tokens=6)
+    report["minutes"] = round((time.time() - start) / 60, 2)
+    report["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    report["settings"] = settings
+    save_report(output_dir, report, predictions, "TokenFLEX, tiny model, synthetic questions")
+    checkpoint = output_dir / "checkpoint"
+    save_checkpoint(checkpoint, model, processor)
+    _say("\n" + markdown_table(report))
+    _try_out(checkpoint, output_dir)
+    _say(f"\n{report['minutes']} minutes, {report['peak_memory_gib']} GiB of memory at most. Written to {output_dir}:")
+    _say("  results.md, results.json, results.png, predictions.jsonl, question.png, checkpoint/")
+    return checkpoint
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+def _run_stage(stage: Stage, model: nn.Module, processor, output_dir: Path, settings: dict, fresh: bool) -> nn.Module:
+    folder, record = output_dir / "stages" / stage.name, json.dumps(settings, sort_keys=True)
+    done = folder / "tokenflex_stage.json"
+    if not fresh and done.is_file() and done.read_text() == record:
+        _say(f"  Done by a former run: using {folder}.")
+        return AutoModelForImageTextToText.from_pretrained(folder)
+    args = _arguments(stage, output_dir, settings)
+    if stage is SEE:
+        labelled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)
+        dataset = PatchLabelDataset(args.max_steps * stage.batch_size, TRAIN_SEEDS[stage.name])
+        optimizer = MuonAdamW(labelled, args.learning_rate)
+        trainer = Trainer(
+            labelled,
+            args,
+            data_collator=PatchLabelCollator(processor),
+            train_dataset=dataset,
+            optimizers=(optimizer, None),
+        )
+    else:
+        choices = list(stage.vision_token_choices) if stage.vision_token_choices else None
+        weights = [1.0] * len(choices) if choices else None
+        dataset = SyntheticVQA(args.max_steps * stage.batch_size, TRAIN_SEEDS[stage.name])
+        trainer = build_trainer(model, processor, args, dataset, choices, weights)
+    trainer.train()
+    save_checkpoint(folder, model, processor)
+    write_file(done, record)
+    return model
+
+
+def _arguments(stage: Stage, output_dir: Path, settings: dict) -> TokenFlexTrainingArguments:
+    steps = max(1, round(stage.steps * settings["steps_scale"]))
+    return TokenFlexTrainingArguments(
+        output_dir=str(output_dir / "stages" / f"{stage.name}-trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        weight_decay=0.01,
+        muon=True,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps // 2, "decay_type": "linear", "min_lr_ratio": 0.02},
+        warmup_steps=min(50, steps // 10),
+        seed=settings["seed"],
+        logging_steps=max(1, steps // 8),
+        disable_tqdm=False,
+        save_strategy="no",
+        report_to="none",
+        dataloader_num_workers=1,
+    )
+
+
+def _try_out(checkpoint: Path, output_dir: Path) -> None:
+    """Loads the checkpoint as a user would and asks one question at the smallest and the largest count."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    scene = next(
+        scene
+        for scene in (draw_scene(TEST_SEED, index) for index in range(1000))
+        if scene.questions[0][0] == "cell_color"
+    )
+    _, question, expected = scene.questions[12]
+    image_file = output_dir / "question.png"
+    scene.image.save(image_file)
+    _say(f"Loaded {checkpoint} through AutoProcessor and AutoModelForImageTextToText.")
+    _say(f"{image_file}: {question} (it is {expected})")
+    for count in (min(model.config.vision_token_choices), max(model.config.vision_token_choices)):
+        _say(f"  {count:>2} vision tokens: {answer(model, processor, scene.image, question, count, max_new_tokens=6)}")

@@ -1,0 +1,43 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+ROOT = Path(__file__).parent
+
+
+class BuildPackage(build_py):
+    """The repository root is the package, so that this very file would be taken for one of its modules."""
+
+    def find_package_modules(self, package, package_dir):
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
+
+setup(
+    name="tokenflex",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text())[1],
+    description="TokenFLEX vision-language models for transformers: any number of vision tokens, chosen at inference",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"tokenflex": "."},
+    packages=["tokenflex", "tokenflex.training", "tokenflex.evaluation"],
+    cmdclass={"build_py": BuildPackage},
+    install_requires=[
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "huggingface_hub>=1.31",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "tokenizers>=0.22",
+        "torch>=2.6",
+        "tqdm>=4.67",
+        "transformers>=5.23",
+    ],
+    extras_require={"test": ["hypothesis>=6.100", "peft>=0.21", "pytest>=8.0", "ruff>=0.14"]},
+    entry_points={"console_scripts": ["tokenflex=tokenflex.cli:main"]},
+)

@@ -1,0 +1,181 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoProcessor
+
+from tokenflex import TokenFlexProcessor
+
+
+IMAGE = Image.new("RGB", (80, 50), (200, 30, 30))
+TEXT = "<|image_pad|> which color is it?"
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which color is it?"}]}]
+
+
+def num_image_tokens(processor, inputs):
+    return [list(row).count(processor.image_token_id) for row in inputs["input_ids"]]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from([1, 4, 9, 64, (2, 3), (8, 1)]), min_size=1, max_size=4))
+def test_every_image_gets_its_count(tiny, counts):
+    _, processor = tiny
+    text = "a" + "b".join(["<|image_pad|>"] * len(counts))
+    inputs = processor(images=[IMAGE] * len(counts), text=text, num_vision_tokens=counts)
+    sizes = [count if isinstance(count, int) else count[0] * count[1] for count in counts]
+    assert num_image_tokens(processor, inputs) == [sum(sizes)]
+    assert [rows * columns for rows, columns in inputs["vision_token_grids"]] == sizes
+
+
+def test_all_ways_to_give_the_count_agree(tiny):
+    _, processor = tiny
+    prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    expected = processor(images=IMAGE, text=prompt, num_vision_tokens=4)["input_ids"]
+    assert processor(images=IMAGE, text=prompt, images_kwargs={"num_vision_tokens": 4})["input_ids"] == expected
+    messages = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, MESSAGES[0]["content"][1]]}]
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
+    inputs = processor.apply_chat_template(messages, processor_kwargs={"num_vision_tokens": 4}, **options)
+    assert inputs["input_ids"] == expected
+
+
+def test_the_default_count_is_the_processors(tiny):
+    _, processor = tiny
+    assert num_image_tokens(processor, processor(images=IMAGE, text=TEXT)) == [processor.num_vision_tokens]
+
+
+def test_output_is_what_the_model_takes(tiny):
+    model, processor = tiny
+    inputs = processor(images=[IMAGE, IMAGE], text=[TEXT, "x " + TEXT], padding=True, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "vision_token_grids"}
+    assert inputs["vision_token_grids"].dtype == torch.long
+    assert inputs["attention_mask"][0, 0] == 0, "rows are padded on the left"
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+    assert processor.model_input_names[0] == "input_ids"
+    assert set(inputs) <= set(processor.model_input_names)
+
+
+def test_batched_equals_single(tiny):
+    _, processor = tiny
+    texts = [TEXT, "two: <|image_pad|><|image_pad|>", "none"]
+    batch = processor(images=[IMAGE] * 3, text=texts, num_vision_tokens=4)
+    singles = [processor(images=[IMAGE] * text.count("<|"), text=text, num_vision_tokens=4) for text in texts[:2]]
+    assert batch["input_ids"][:2] == [single["input_ids"][0] for single in singles]
+    assert batch["input_ids"][2] == processor(text="none")["input_ids"][0]
+
+
+@pytest.mark.parametrize("count", [0, -4, 5, 81, 2.0, "4", [4, 4], (9, 1)])
+def test_a_count_that_is_not_allowed_is_refused(tiny, count):
+    with pytest.raises(ValueError, match="num_vision_tokens"):
+        tiny[1](images=IMAGE, text=TEXT, num_vision_tokens=count)
+
+
+@pytest.mark.parametrize("name", ["num_visual_tokens", "num_vision_token", "vision_tokens"])
+def test_a_near_miss_of_the_argument_is_refused(tiny, name):
+    with pytest.raises(ValueError, match="did you mean `num_vision_tokens`"):
+        tiny[1](images=IMAGE, text=TEXT, **{name: 4})
+
+
+@pytest.mark.parametrize(("num_images", "text"), [(2, TEXT), (1, TEXT + TEXT), (1, "no image")])
+def test_images_and_placeholders_must_match(tiny, num_images, text):
+    with pytest.raises(ValueError, match=f"`text` has {text.count('<|image_pad|>')} .*`images` holds {num_images}"):
+        tiny[1](images=[IMAGE] * num_images, text=text)
+
+
+def test_placeholders_without_images_are_refused(tiny):
+    with pytest.raises(ValueError, match="no images were passed"):
+        tiny[1](text=TEXT)
+
+
+ODD_IMAGES = {
+    "one pixel": Image.new("RGB", (1, 1), (9, 9, 9)),
+    "one pixel wide": Image.new("RGB", (1, 40), (200, 0, 0)),
+    "three pixels": Image.new("RGB", (3, 3), (200, 0, 0)),
+    "CMYK": Image.new("CMYK", (20, 20), (0, 255, 255, 0)),
+    "gray": Image.new("L", (20, 20), 128),
+    "gray with alpha": Image.new("LA", (20, 20), (128, 0)),
+    "bilevel": Image.new("1", (20, 20), 1),
+    "palette": Image.new("RGB", (20, 20), (200, 0, 0)).convert("P"),
+    "alpha": Image.new("RGBA", (20, 20), (200, 0, 0, 128)),
+    "16 bit": Image.fromarray(np.full((20, 20), 32768, dtype=np.uint16)),
+    "32 bit": Image.new("I", (20, 20), 32768),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+def test_odd_but_valid_images_work(tiny, kind):
+    pixel_values = tiny[1](images=ODD_IMAGES[kind], text=TEXT, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 64, 64)
+    assert pixel_values.abs().max() <= 1
+
+
+def test_modes_mean_what_they_show(tiny):
+    def color(image):
+        pixel_values = tiny[1](images=image, text=TEXT, return_tensors="pt")["pixel_values"]
+        return [round(float(value), 1) for value in pixel_values[0, :, 32, 32]]
+
+    assert color(ODD_IMAGES["16 bit"]) == color(ODD_IMAGES["32 bit"]) == color(ODD_IMAGES["gray"]) == [0.0, 0.0, 0.0]
+    assert color(ODD_IMAGES["CMYK"]) == [1.0, -1.0, -1.0]
+    assert color(ODD_IMAGES["gray with alpha"]) == [1.0, 1.0, 1.0], "what is transparent shows white"
+    encoded = io.BytesIO()
+    Image.fromarray(np.full((20, 20), 65535, dtype=np.uint16)).save(encoded, "png")
+    assert color(Image.open(encoded)) == [1.0, 1.0, 1.0]
+
+
+def test_saving_and_loading_changes_nothing(tiny, tmp_path):
+    processor = tiny[1]
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, TokenFlexProcessor)
+    assert (loaded.num_vision_tokens, loaded.patch_size) == (processor.num_vision_tokens, processor.patch_size)
+    assert loaded.chat_template == processor.chat_template
+    first, second = (p(images=IMAGE, text=TEXT, return_tensors="pt") for p in (processor, loaded))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_count_given_on_loading_is_a_default_that_can_be_changed(tiny, tmp_path):
+    tiny[1].save_pretrained(tmp_path / "a")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "a", num_vision_tokens=4)
+    assert num_image_tokens(loaded, loaded(images=IMAGE, text=TEXT)) == [4]
+    loaded.num_vision_tokens = 16
+    assert num_image_tokens(loaded, loaded(images=IMAGE, text=TEXT)) == [16]
+    loaded.save_pretrained(tmp_path / "b")
+    again = AutoProcessor.from_pretrained(tmp_path / "b")
+    assert num_image_tokens(again, again(images=IMAGE, text=TEXT)) == [16]
+
+
+def test_a_tokenizer_without_image_token_is_refused(tiny):
+    processor = tiny[1]
+    tokenizer = type(processor.tokenizer)(
+        tokenizer_object=processor.tokenizer.backend_tokenizer, unk_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.image_token = "<nowhere>"
+    with pytest.raises(ValueError, match="`tokenizer` has no token '<nowhere>'"):
+        TokenFlexProcessor(processor.image_processor, tokenizer, 36, 8)
+
+
+def test_a_default_beyond_the_patch_grid_is_refused(tiny):
+    with pytest.raises(ValueError, match="`num_vision_tokens`=256"):
+        TokenFlexProcessor(tiny[1].image_processor, tiny[1].tokenizer, 256, 8)
+
+
+def test_chat_template_places_images_where_the_message_does(tiny):
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "c"}]
+    text = tiny[1].apply_chat_template(messages)
+    assert text == (
+        "<|im_start|>user\na<|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+    )
+
+
+def test_tokens_are_counted_without_processing(tiny):
+    processor = tiny[1]
+    sizes = [(10_000, 10_000), (3, 5)]
+    assert processor._get_num_multimodal_tokens(sizes, num_vision_tokens=4).num_image_tokens == [4, 4]
+    counted = processor._get_num_multimodal_tokens(sizes, images_kwargs={"num_vision_tokens": [4, (2, 3)]})
+    assert counted.num_image_tokens == [4, 6]
+    assert counted.num_image_patches == [1, 1]
+    assert processor._get_num_multimodal_tokens(sizes).num_image_tokens == [36, 36]

@@ -1,0 +1,95 @@
+"""Data sets from files and from the Hub, every row checked before the first step."""
+
+from pathlib import Path
+
+import datasets
+from transformers.utils import logging
+
+from .data import BadRowError, Example, to_example
+
+
+logger = logging.get_logger(__name__)
+
+LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+class Rows:
+    """
+    Rows that are all known to be usable, as the collator takes them.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows; images are left encoded until they are needed.
+        source (`str`): What to call it in errors.
+        image_folder (`str`, *optional*): Where relative image paths start.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
+
+    Raises:
+        BadRowError: If a row cannot be used and `on_bad_row` is `"error"`, or no row can.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, source: str, image_folder: str | None = None, on_bad_row: str = "error"
+    ):
+        if on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`on_bad_row`={on_bad_row!r}: use 'error' or 'skip'.")
+        for name, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        self.image_folder = image_folder
+        self.source = source
+        bad = []
+        for index, row in enumerate(dataset):
+            try:
+                to_example(row, image_folder)
+            except BadRowError as error:
+                if on_bad_row == "error":
+                    raise BadRowError(f"{source}, row {index}: {error}.") from None
+                bad.append(index)
+                logger.warning(f"Skipped {source}, row {index}: {error}.")
+        if bad:
+            logger.warning(f"Skipped {len(bad)} of {len(dataset)} rows of {source}.")
+            unusable = set(bad)
+            dataset = dataset.select([index for index in range(len(dataset)) if index not in unusable])
+        if not len(dataset):
+            raise BadRowError(f"{source} has no usable rows.")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return to_example(self.dataset[index], self.image_folder)
+
+
+def load_rows(dataset: str, split: str = "train", image_folder: str | None = None, on_bad_row: str = "error") -> Rows:
+    """
+    Loads and checks a data set.
+
+    Args:
+        dataset (`str`): A parquet, JSON, JSONL or CSV file, or the id of a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): The split of a Hub data set.
+        image_folder (`str`, *optional*): Where relative image paths start. Defaults to the file's folder.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            `"error"` stops at the first row that cannot be used; `"skip"` leaves such rows out and says how many.
+
+    Returns:
+        [`Rows`]
+
+    Raises:
+        ValueError: If a file is missing or of an unknown kind.
+        BadRowError: If a row cannot be used; the message names file, row and reason.
+    """
+    path = Path(dataset)
+    if path.is_file() or path.suffix in LOADERS:
+        if not path.is_file():
+            raise ValueError(f"`dataset`={dataset!r}: there is no such file.")
+        if path.suffix not in LOADERS:
+            raise ValueError(f"`dataset`={dataset!r}: use a file ending in {', '.join(LOADERS)} or a Hub id.")
+        try:
+            loaded = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"`dataset`={dataset!r} cannot be read: {error.__cause__ or error}") from None
+        return Rows(loaded, path.name, image_folder or str(path.parent), on_bad_row)
+    return Rows(datasets.load_dataset(dataset, split=split), dataset, image_folder, on_bad_row)

@@ -1,0 +1,43 @@
+"""The vision-token count of a training step, a pure function of (seed, global step, micro step)."""
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+
+from ..configuration_tokenflex import check_vision_token_weights
+
+
+def draw_num_vision_tokens(
+    choices: Sequence[int], weights: Sequence[float], seed: int, step: int, micro_step: int = 0
+) -> int:
+    """
+    Draws the vision-token count of one micro-batch (paper, section "stochastic dynamic token training"). There is no
+    state: every rank and every resumed run draws the same, whatever else was drawn before.
+
+    Args:
+        choices (`Sequence[int]`): The counts to draw from.
+        weights (`Sequence[float]`): One weight per count; they need not sum to one.
+        seed (`int`): The run's seed.
+        step (`int`): The optimizer step, counted from 0.
+        micro_step (`int`, *optional*, defaults to 0): The micro-batch within the step, counted from 0.
+
+    Returns:
+        `int`: One of `choices`.
+
+    Raises:
+        ValueError: If weights do not fit the choices.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.training import draw_num_vision_tokens
+
+    >>> [draw_num_vision_tokens([64, 144, 256], [2, 3, 5], seed=0, step=step) for step in range(4)]
+    [144, 64, 256, 256]
+    ```
+    """
+    check_vision_token_weights(choices, weights)
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_step}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64 * sum(weights)
+    return choices[min(bisect.bisect_right(list(accumulate(weights)), position), len(choices) - 1)]
