@@ -3,8 +3,11 @@
 import argparse
 import importlib
 
+from . import __version__
+
 
 VERBS = {
+    "init": ("training.init", "make a new tiny checkpoint for a data set of one's own"),
     "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
     "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
     "generate": ("generate", "answer a question about an image at one or several counts"),
@@ -18,9 +21,17 @@ def main(argv: list[str] | None = None) -> None:
         description="TokenFLEX: one vision-language model, any number of vision tokens.",
         epilog="`tokenflex VERB --help` lists a verb's arguments.",
     )
+    parser.add_argument("--version", action="version", version=f"tokenflex {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, (_, summary) in VERBS.items():
         verbs.add_parser(verb, help=summary, add_help=False)
     args, rest = parser.parse_known_args(argv)
     module = importlib.import_module(f".{VERBS[args.verb][0]}", __package__)
-    module.main(rest)
+    try:
+        module.main(rest)
+    except Exception as error:
+        if args.traceback:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise SystemExit(f"tokenflex {args.verb}: {kind}{error} (--traceback, before the verb, shows where)") from None

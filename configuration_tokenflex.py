@@ -1,5 +1,6 @@
 """TokenFLEX model configuration, and the arithmetic of vision-token counts and grids."""
 
+import copy
 import math
 import operator
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ class TokenFlexConfig(PreTrainedConfig):
         num_vision_tokens (`int`, *optional*, defaults to 256):
             The vision-token count per image when none is asked for.
         vision_token_choices (`list[int]`, *optional*, defaults to `[64, 144, 256]`):
-            The counts that training draws from (paper, section "set-up").
+            The counts that training draws from (the paper's).
         vision_token_weights (`list[float]`, *optional*, defaults to `[0.2, 0.3, 0.5]`):
             One weight per choice; they are normalised when drawing.
         vision_feature_layer (`int`, *optional*, defaults to -1):
@@ -214,27 +215,40 @@ class TokenFlexConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_tokenflex.TokenFlexModel"})
         super().__post_init__(**kwargs)
         if getattr(self.vision_config, "vision_use_head", False):
+            self.vision_config = copy.deepcopy(self.vision_config)
             self.vision_config.vision_use_head = False
         # Models tie by the top-level value, towers' checkpoints say it in the text config.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
-        self.vision_token_choices = list(
-            self.vision_token_choices if self.vision_token_choices is not None else [64, 144, 256]
-        )
-        self.vision_token_weights = list(
-            self.vision_token_weights if self.vision_token_weights is not None else [0.2, 0.3, 0.5]
-        )
-        self._check_vision_tokens()
+        if (self.vision_token_choices is None) != (self.vision_token_weights is None):
+            raise ValueError(
+                f"`vision_token_choices`={self.vision_token_choices} and `vision_token_weights`="
+                f"{self.vision_token_weights}: give both, or neither for 64, 144 and 256 at 2:3:5."
+            )
+        if self.vision_token_choices is None:
+            self.vision_token_choices, self.vision_token_weights = [64, 144, 256], [0.2, 0.3, 0.5]
+        self.check_vision_tokens()
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Height and width of a patch in pixels."""
+        return _as_pair(self.vision_config.patch_size)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """`tuple[int, int]`: Rows and columns of the vision tower's patch grid."""
         height, width = _as_pair(self.vision_config.image_size)
-        patch_height, patch_width = _as_pair(self.vision_config.patch_size)
+        patch_height, patch_width = self.patch_size
         return height // patch_height, width // patch_width
 
-    def _check_vision_tokens(self):
+    def check_vision_tokens(self):
+        """
+        Checks the counts and weights.
+
+        Raises:
+            ValueError: If a count does not fit the patch grid, or weights do not fit the choices.
+        """
         resolve_vision_token_grid(self.num_vision_tokens, self.patch_grid)
         if not self.vision_token_choices:
             raise ValueError("`vision_token_choices` is empty: give at least one vision-token count.")

@@ -12,7 +12,7 @@ from pathlib import Path
 def replace_directory(path: str | Path) -> Iterator[Path]:
     """
     Yields a new empty folder that takes the place of `path` once the block has ended well. If the block raises, what
-    was at `path` stays as it was.
+    was at `path` stays as it was; if the process is killed between the two renames, it lies beside under a hidden name.
 
     Example:
 
@@ -28,7 +28,7 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
     ['config.json']
     ```
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
@@ -43,8 +43,10 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
             old.rename(path)
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if old.is_symlink() or old.is_file():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -60,7 +62,17 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def save_checkpoint(path: str | Path, model, processor) -> None:
-    """Saves a model and its processor as one folder that the Auto classes load, whole or not at all."""
+    """
+    Saves a model and its processor as one folder that the Auto classes load; an older checkpoint there is replaced.
+
+    Raises:
+        ValueError: If there is a file at `path`, or a folder with something else than a checkpoint.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"A checkpoint cannot be saved to {path}: it is a file.")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ValueError(f"A checkpoint cannot be saved to {path}, which holds other things: name a new folder.")
     with replace_directory(path) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .training.data import decode_image
+from .training.data import BadRowError, decode_image
 
 
 def answer(
@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer. Default: %(default)s.")
     args = parser.parse_args(argv)
-    image = decode_image(args.image)
+    try:
+        image = decode_image(args.image)
+    except BadRowError as error:
+        raise ValueError(f"`image`={args.image!r}: {error}.") from None
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     for count in args.num_vision_tokens or model.config.vision_token_choices:

@@ -87,6 +87,38 @@ def infer_vision_token_grids(
     return [resolve_vision_token_grid(count, patch_grid, "image tokens per image in `input_ids`")] * num_images
 
 
+def first_placeholders(
+    input_ids: torch.LongTensor, vision_token_counts: torch.LongTensor, image_token_id: int
+) -> torch.LongTensor:
+    """
+    Finds where each image's run of placeholders begins.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
+        vision_token_counts (`torch.LongTensor` of shape `(num_images,)`): The length of each image's run.
+        image_token_id (`int`): The placeholder's id.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images,)`: Positions in the flattened `input_ids`.
+
+    Raises:
+        ValueError: If the placeholders are not such runs, each unbroken and within one row.
+    """
+    length = input_ids.shape[-1]
+    placeholders = (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
+    ends = vision_token_counts.cumsum(0)
+    matched = int(vision_token_counts.sum()) == len(placeholders)
+    if matched:
+        first, last = placeholders[ends - vision_token_counts], placeholders[ends - 1]
+        matched = bool(((last - first + 1 == vision_token_counts) & (first // length == last // length)).all())
+    if not matched:
+        raise ValueError(
+            f"Image features and image tokens do not match: `input_ids` holds {len(placeholders)} image tokens, but its "
+            f"{len(vision_token_counts)} images were encoded as {vision_token_counts.tolist()} tokens in unbroken runs."
+        )
+    return first
+
+
 def recount_vision_tokens(
     inputs: Mapping[str, torch.Tensor],
     vision_token_grids: Sequence[tuple[int, int]],
@@ -138,26 +170,15 @@ def recount_vision_tokens(
             f"`input_ids`, {tuple(input_ids.shape)}."
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    old_counts = inputs["vision_token_grids"].to(device).prod(-1)
+    first = first_placeholders(input_ids, inputs["vision_token_grids"].to(device).prod(-1), image_token_id)
     new_counts = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
-    placeholders = (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
-    ends = old_counts.cumsum(0)
-    matched = len(old_counts) == len(new_counts) and int(old_counts.sum()) == len(placeholders)
-    if matched and len(placeholders):
-        first, last = placeholders[ends - old_counts], placeholders[ends - 1]
-        matched = bool(((last - first + 1 == old_counts) & (first // length == last // length)).all())
-    if not matched:
-        raise ValueError(
-            f"Image features and image tokens do not match: `input_ids` holds {len(placeholders)} image tokens, but "
-            f"its {len(old_counts)} images were encoded as {old_counts.tolist()} tokens in unbroken runs and "
-            f"{len(new_counts)} new counts are asked for."
-        )
+    if len(first) != len(new_counts):
+        raise ValueError(f"{len(new_counts)} new counts are asked for, but the inputs hold {len(first)} images.")
 
     # Every position is copied once, the first placeholder of an image as often as its new count, padding never.
     copies = ((mask.cumsum(-1) > 0) & (mask.flip(-1).cumsum(-1).flip(-1) > 0)).long().flatten()
-    copies[placeholders] = 0
-    if len(placeholders):
-        copies[first] = new_counts
+    copies[(input_ids == image_token_id).flatten()] = 0
+    copies[first] = new_counts
     row_lengths = copies.view(batch_size, length).sum(-1)
     new_length = int(row_lengths.max())
     pad_right = bool((mask[:, -1] == 0).any()) and bool((mask[:, 0] == 1).all())
@@ -229,7 +250,7 @@ class TokenFlexSwiGLU(nn.Module):
 
 class TokenFlexProjector(nn.Module):
     """
-    Adaptive average pooling of the patch grid to a chosen grid, then SwiGLU (paper, section "method").
+    Adaptive average pooling of the patch grid to a chosen grid, then SwiGLU (arXiv 2504.03154, abstract).
     """
 
     def __init__(self, config: TokenFlexConfig):
@@ -331,6 +352,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     """The vision tower, the projector and the language model, without a head."""
 
     def __init__(self, config: TokenFlexConfig):
+        config.check_vision_tokens()  # loading sets attributes after the config has checked itself
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = TokenFlexProjector(config)
@@ -367,15 +389,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             ValueError: If a count is not allowed, the two arguments disagree, or the images do not have the tower's
                 size.
         """
-        size = tuple(side * patch for side, patch in zip(self.config.patch_grid, self._patch_size()))
-        if pixel_values.ndim != 4 or any(
-            not whole <= given < whole + patch
-            for given, whole, patch in zip(pixel_values.shape[-2:], size, self._patch_size())
-        ):
+        vision_config = self.config.vision_config
+        size = vision_config.image_size
+        expected = (vision_config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+        if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, num_channels, "
-                f"height, width) with images of {self.config.vision_config.image_size} pixels a side: use the "
-                "processor saved with the checkpoint."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
+                f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
             )
         if num_vision_tokens is None and vision_token_grids is None:
             num_vision_tokens = self.config.num_vision_tokens
@@ -387,10 +407,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             outputs.last_hidden_state = outputs.hidden_states[self.config.vision_feature_layer]
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state, grids)
         return outputs
-
-    def _patch_size(self) -> tuple[int, int]:
-        patch_size = self.config.vision_config.patch_size
-        return tuple(patch_size) if isinstance(patch_size, (list, tuple)) else (patch_size, patch_size)
 
     def resolve_grids(
         self,
@@ -414,9 +430,18 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         asked = None
         if num_vision_tokens is not None:
             asked = resolve_vision_token_grids(num_vision_tokens, num_images, patch_grid)
+        # A count given as an integer keeps traced graphs free of reading one off a tensor.
+        if asked is not None and (vision_token_grids is None or torch.compiler.is_compiling()):
+            return asked
         if vision_token_grids is None:
-            return asked or infer_vision_token_grids(input_ids, num_images, self.config.image_token_id, patch_grid)
-        grids = [tuple(grid) for grid in torch.as_tensor(vision_token_grids).tolist()]
+            return infer_vision_token_grids(input_ids, num_images, self.config.image_token_id, patch_grid)
+        vision_token_grids = torch.as_tensor(vision_token_grids)
+        if vision_token_grids.ndim != 2 or vision_token_grids.shape[1] != 2:
+            raise ValueError(
+                f"`vision_token_grids` has shape {tuple(vision_token_grids.shape)}: give (rows, columns) of each image, "
+                f"shape ({num_images}, 2)."
+            )
+        grids = [tuple(grid) for grid in vision_token_grids.tolist()]
         grids = resolve_vision_token_grids(grids, num_images, patch_grid, "vision_token_grids")
         if asked is not None and asked != grids:
             raise ValueError(
@@ -503,10 +528,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if num_vision_tokens is None and vision_token_grids is None:
-                prompts = input_ids
-                if prompts is None:
+                if input_ids is None:
                     raise ValueError("With `inputs_embeds`, give `vision_token_grids` or `num_vision_tokens` as well.")
-                num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=prompts)
+                num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=input_ids)
             image_outputs = self.get_image_features(
                 pixel_values, num_vision_tokens, vision_token_grids, return_dict=True
             )
@@ -672,10 +696,13 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         for config in (generation_config, self.generation_config):
             if num_vision_tokens is None:
                 num_vision_tokens = getattr(config, "num_vision_tokens", None)
+        if num_vision_tokens is not None and not isinstance(num_vision_tokens, list):
+            resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         pixel_values = kwargs.get("pixel_values")
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pixel_values is None and image_outputs is None:
+            self._refuse_placeholders_without_images(input_ids, kwargs.get("past_key_values"))
             return super().generate(input_ids, generation_config, *args, **kwargs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             if num_vision_tokens is not None:
@@ -688,6 +715,9 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         num_images = len(pixel_values if pixel_values is not None else image_outputs.last_hidden_state)
         encoded = self.model.resolve_grids(
             num_images, vision_token_grids=kwargs.get("vision_token_grids"), input_ids=input_ids
+        )
+        first_placeholders(
+            input_ids, torch.tensor(encoded, device=input_ids.device).prod(-1), self.config.image_token_id
         )
         grids = encoded
         if num_vision_tokens is not None:
@@ -705,6 +735,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
                     "tokens are already in `past_key_values`: start with an empty cache."
                 )
             pad_token_id = self._pad_token_id(generation_config)
+            if prompt.get("attention_mask") is None and pad_token_id is not None:
+                prompt["attention_mask"] = (input_ids != pad_token_id).long()
             prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, pad_token_id)
         if image_outputs is not None:
             tokens = self.model.multi_modal_projector(image_outputs.last_hidden_state, grids)
@@ -721,6 +753,15 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             return sequences
         output.sequences = sequences
         return output
+
+    def _refuse_placeholders_without_images(self, input_ids: torch.LongTensor | None, cache: Cache | None) -> None:
+        cached = cache.get_seq_length() if cache is not None else 0
+        if input_ids is not None and (input_ids[:, cached:] == self.config.image_token_id).any():
+            raise ValueError(
+                "Image features and image tokens do not match: there are no images, but `input_ids` holds image tokens "
+                f"behind the {cached} tokens in `past_key_values`. Pass `pixel_values`; a prompt that was rewritten to "
+                "another count cannot be continued from its cache."
+            )
 
     def _pad_token_id(self, generation_config: GenerationConfig | None) -> int | None:
         for config in (generation_config, self.generation_config):

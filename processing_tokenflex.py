@@ -127,6 +127,13 @@ class TokenFlexProcessor(ProcessorMixin):
         names = self.tokenizer.model_input_names + self.image_processor.model_input_names
         return list(dict.fromkeys([*names, "vision_token_grids"]))
 
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if isinstance(images, (list, tuple)) and not any(
+            len(group) if isinstance(group, (list, tuple)) else True for group in images
+        ):
+            images = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         known = set(TokenFlexImagesKwargs.__annotations__)
         for name in kwargs:
@@ -136,6 +143,9 @@ class TokenFlexProcessor(ProcessorMixin):
                 and difflib.get_close_matches(name, ["num_vision_tokens"], cutoff=0.7)
             ):
                 raise ValueError(f"Unknown argument `{name}`={kwargs[name]!r}: did you mean `num_vision_tokens`?")
+        count = {**kwargs.get("images_kwargs", {}), **kwargs}.get("num_vision_tokens")
+        if count is not None and not isinstance(count, list):
+            resolve_vision_token_grid(count, self.patch_grid)
         if images is not None and text is not None:
             num_images = len(make_flat_list_of_images(images))
             found = [sample.count(self.image_token) for sample in text if isinstance(sample, str)]
@@ -143,6 +153,13 @@ class TokenFlexProcessor(ProcessorMixin):
                 raise ValueError(
                     f"`text` has {sum(found)} image placeholders ({self.image_token}, per prompt: {found}), but "
                     f"`images` holds {num_images} images: give one placeholder per image."
+                )
+            nested = isinstance(images, (list, tuple)) and isinstance(images[0], (list, tuple))
+            given = [len(group) for group in images] if nested else found
+            if given != found:
+                raise ValueError(
+                    f"`text` has {found} image placeholders ({self.image_token}) per prompt, but `images` groups its "
+                    f"{num_images} images as {given}: give each prompt its own images."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
@@ -180,12 +197,16 @@ class TokenFlexProcessor(ProcessorMixin):
 
 
 def _to_8_bit(image):
-    """Scales a 16-bit grey image to 8 bits; PIL's own conversion to RGB clips it to white instead."""
-    if isinstance(image, PIL.Image.Image) and image.mode.startswith("I;16"):
-        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if isinstance(image, PIL.Image.Image) and image.mode == "I":
-        return PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image
+    """Scales deeper grey images to 8 bits; PIL's own conversion to RGB clips them to white instead."""
+    if not isinstance(image, PIL.Image.Image) or not image.mode.startswith(("I", "F")):
+        return image
+    if image.mode == "F":
+        raise ValueError(
+            "`images` holds an image of PIL mode F (floating point), whose range is unknown: convert it to L."
+        )
+    pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+    deep = image.mode != "I" or pixels.max() > 255
+    return PIL.Image.fromarray((pixels >> 8 if deep else pixels).astype(np.uint8))
 
 
 TokenFlexProcessor.register_for_auto_class()

@@ -3,6 +3,7 @@
 import json
 import platform
 from argparse import ArgumentParser
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..files import write_file
+from ..training.data import to_example
 from ..training.datasets import load_rows
 from .latency import time_to_first_token
 from .report import markdown_table, plot_png
@@ -23,7 +25,7 @@ def evaluate(
     counts: list[int] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 16,
-    latency_batch_size: int = 16,
+    latency_batch_size: int = 32,
     show_progress: bool = True,
 ) -> tuple[dict, list]:
     """
@@ -36,7 +38,7 @@ def evaluate(
         counts (`list[int]`, *optional*): Vision-token counts. Defaults to the config's `vision_token_choices`.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
-        latency_batch_size (`int`, *optional*, defaults to 16): Prompts per batch when timing; 0 measures no time.
+        latency_batch_size (`int`, *optional*, defaults to 32): Prompts per batch when timing; 0 measures no time.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
 
     Returns:
@@ -46,11 +48,11 @@ def evaluate(
     predictions = predict(model, processor, dataset, counts, batch_size, max_new_tokens, show_progress)
     report = score(predictions, counts)
     if latency_batch_size:
-        rows = [dataset[i % len(dataset)] for i in range(latency_batch_size)]
-        images = [row["image"] if isinstance(row, dict) else row.images[0] for row in rows]
-        times = time_to_first_token(model, processor, images, predictions[0].question, counts)
+        rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
+        images = [image for row in rows for image in to_example(row).images[:1]]
+        times = time_to_first_token(model, processor, images, predictions[0].question, counts) if images else None
         report["milliseconds_to_first_token"] = times
-        report["latency_batch_size"] = latency_batch_size
+        report["latency_batch_size"] = len(images)
     report["machine"] = {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -66,7 +68,7 @@ def save_report(folder: str | Path, report: dict, predictions: list, title: str)
     write_file(folder / "results.json", json.dumps(report, indent=2) + "\n")
     write_file(folder / "results.md", markdown_table(report))
     write_file(folder / "results.png", plot_png(report, title))
-    lines = [json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions]
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
     write_file(folder / "predictions.jsonl", "\n".join(lines) + "\n")
 
 
@@ -82,13 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=16, help="Longest answer. Default: %(default)s.")
     parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go. Default: %(default)s.")
     args = parser.parse_args(argv)
-    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    special_tokens = processor.tokenizer.all_special_tokens
+    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     report, predictions = evaluate(
         model, processor, rows, args.counts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
     )
     save_report(args.output_dir, report, predictions, Path(args.dataset).stem)
     print(markdown_table(report))  # noqa: T201
-    summary = {"accuracy": {count: scores["overall"] for count, scores in report["accuracy"].items()}}
-    print(json.dumps({**summary, "output_dir": args.output_dir}))  # noqa: T201
+    print(json.dumps({"accuracy": report["overall"], "output_dir": args.output_dir}))  # noqa: T201

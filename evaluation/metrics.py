@@ -14,8 +14,9 @@ def exact_match(prediction: str, answer: str) -> bool:
     True
     ```
     """
-    return _normalise(prediction) == _normalise(answer)
+    return normalise(prediction) == normalise(answer)
 
 
-def _normalise(answer: str) -> str:
+def normalise(answer: str) -> str:
+    """An answer without what [`exact_match`] ignores."""
     return answer.strip().removesuffix(".").strip().casefold()

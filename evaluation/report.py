@@ -18,20 +18,26 @@ def markdown_table(report: Mapping) -> str:
         report (`Mapping`):
             [`score`]'s result, with `milliseconds_to_first_token` per count when it was measured.
     """
-    families = list(report["questions"])
-    columns = [*families, "mean"] if families != ["all"] else ["all"]
-    times = report.get("milliseconds_to_first_token")
-    header = ["vision tokens", *columns, *(["ms to first token"] if times else [])]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
+    families, times = list(report["questions"]), report.get("milliseconds_to_first_token")
+    several = len(families) > 1
+
+    def row(first, values, mean, last):
+        cells = [first, *values, *([mean] if several else []), *([last] if times else [])]
+        return "| " + " | ".join(cells) + " |"
+
+    names = [family.replace("|", "\\|") for family in families]
+    lines = [row("vision tokens", names, "mean", "ms to first token")]
+    lines.append("|" + "---:|" * (lines[0].count(" | ") + 1))
     for count, accuracy in report["accuracy"].items():
-        cells = [str(count), *(f"{100 * accuracy[column]:.1f}" for column in columns)]
-        lines.append("| " + " | ".join(cells + ([f"{times[count]:.1f}"] if times else [])) + " |")
-    majority = report["majority"]
-    cells = ["commonest answer", *(f"{100 * majority[family]:.1f}" for family in families)]
-    if "mean" in columns:
-        cells.append(f"{100 * sum(majority.values()) / len(majority):.1f}")
-    lines.append("| " + " | ".join(cells + ([""] if times else [])) + " |")
+        time = f"{times[count]:.1f}" if times else ""
+        lines.append(row(str(count), map(_percent, accuracy.values()), _percent(report["mean"][count]), time))
+    majority = list(report["majority"].values())
+    lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), ""))
     return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def plot_png(report: Mapping, title: str) -> bytes:
@@ -56,7 +62,7 @@ def plot_png(report: Mapping, title: str) -> bytes:
         values = [100 * report["accuracy"][count][family] for count in counts]
         axes[0].plot(counts, values, marker="o", markersize=4, linewidth=1.2, color=colors(i % 10), label=family)
     if len(families) > 1:
-        values = [100 * report["accuracy"][count]["mean"] for count in counts]
+        values = [100 * report["mean"][count] for count in counts]
         axes[0].plot(counts, values, marker="s", linewidth=2.6, color="black", label="mean")
     axes[0].set_ylabel("exact match, %")
     axes[0].set_ylim(top=101.5)
@@ -64,7 +70,7 @@ def plot_png(report: Mapping, title: str) -> bytes:
     if times:
         axes[1].plot(counts, [times[count] for count in counts], marker="o", color="black")
         axes[1].set_ylabel("time to first token, ms")
-        axes[1].set_ylim(bottom=0)
+        axes[1].set_ylim(0, 1.1 * max(times.values()))
     for axis in axes:
         axis.set_xlabel("vision tokens per image")
         axis.set_xticks(counts)

@@ -2,13 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from ..training.data import Example, to_example
-from .metrics import exact_match
+from .metrics import exact_match, normalise
 
 
 @dataclass
@@ -28,16 +28,12 @@ class Prediction:
     answer: str
     predictions: dict[int, str]
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
     """Rows in order, together holding at most `batch_size` questions, or one row if that alone holds more."""
     batch, size = [], 0
     for index in range(len(dataset)):
-        row = dataset[index]
-        example = row if isinstance(row, Example) else to_example(row)
+        example = to_example(dataset[index])
         if batch and size + len(example.dialogs) > batch_size:
             yield batch
             batch, size = [], 0
@@ -48,8 +44,7 @@ def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
 
 
 def _text(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+    return " ".join(part["text"] for part in message["content"] if "text" in part)
 
 
 @torch.no_grad()
@@ -78,6 +73,9 @@ def predict(
     Returns:
         `list[Prediction]`: One per dialog, in order.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
+    was_training = model.training
     model.eval()
     tokenizer, results = processor.tokenizer, []
     progress = tqdm(total=len(dataset), unit="image", desc="Evaluating", disable=not show_progress)
@@ -96,7 +94,7 @@ def predict(
         inputs = dict(inputs.to(model.device))
         if images:
             pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
-            features = model.get_image_features(pixel_values)
+            features = model.get_image_features(pixel_values, num_vision_tokens=1)
             features.last_hidden_state = features.last_hidden_state[used]
             inputs["vision_token_grids"] = torch.ones(len(used), 2, dtype=torch.long, device=model.device)
             inputs["mm_encoder_outputs"] = {"image": features}
@@ -108,6 +106,7 @@ def predict(
         results += targets
         progress.update(len(batch))
     progress.close()
+    model.train(was_training)
     return results
 
 
@@ -120,29 +119,30 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int]) -> dict:
         counts (`Sequence[int]`): The counts to score.
 
     Returns:
-        `dict`: `questions` (per family), `majority` (per family, the accuracy of always giving its commonest answer)
-        and `accuracy` (per count: each family, `mean` over families and `overall` over questions), all from 0 to 1.
+        `dict`: Per family `questions`, their number, and `majority`, the accuracy of always giving the commonest
+        answer; per count `accuracy` of each family, its `mean` over families and `overall` over questions. Accuracies
+        go from 0 to 1.
     """
     families = defaultdict(list)
-    for prediction in predictions:
+    for prediction in sorted(predictions, key=lambda prediction: prediction.family):
         families[prediction.family].append(prediction)
-    accuracy = {}
+    report = {
+        "questions": {family: len(members) for family, members in families.items()},
+        "majority": {
+            family: Counter(normalise(p.answer) for p in members).most_common(1)[0][1] / len(members)
+            for family, members in families.items()
+        },
+        "accuracy": {},
+        "mean": {},
+        "overall": {},
+    }
     for count in counts:
         right = {
             family: [exact_match(p.predictions[count], p.answer) for p in members]
             for family, members in families.items()
         }
-        per_family = {family: sum(hits) / len(hits) for family, hits in sorted(right.items())}
-        accuracy[count] = {
-            **per_family,
-            "mean": sum(per_family.values()) / len(per_family),
-            "overall": sum(map(sum, right.values())) / len(predictions),
-        }
-    return {
-        "questions": {family: len(members) for family, members in sorted(families.items())},
-        "majority": {
-            family: Counter(p.answer for p in members).most_common(1)[0][1] / len(members)
-            for family, members in sorted(families.items())
-        },
-        "accuracy": accuracy,
-    }
+        accuracy = {family: sum(hits) / len(hits) for family, hits in right.items()}
+        report["accuracy"][count] = accuracy
+        report["mean"][count] = sum(accuracy.values()) / len(accuracy)
+        report["overall"][count] = sum(map(sum, right.values())) / len(predictions)
+    return report

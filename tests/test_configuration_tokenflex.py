@@ -90,17 +90,27 @@ def test_saving_keeps_everything(tmp_path):
     ("arguments", "message"),
     [
         ({"num_vision_tokens": 65}, "`num_vision_tokens`=65.*Nearest: 64 or 81"),
-        ({"vision_token_choices": [64, 1024]}, r"vision_token_choices\[1\]`=1024.*Nearest: 729"),
-        ({"vision_token_choices": []}, "`vision_token_choices` is empty"),
-        ({"vision_token_weights": [1.0]}, "1 entries for 3"),
-        ({"vision_token_weights": [0.0, 0.0, 0.0]}, "not all zero"),
-        ({"vision_token_weights": [0.5, 0.7, -0.2]}, "not negative"),
-        ({"vision_token_weights": [0.5, 0.5, float("nan")]}, "finite"),
+        (
+            {"vision_token_choices": [64, 1024], "vision_token_weights": [1, 1]},
+            r"vision_token_choices\[1\]`=1024.*Nearest: 729",
+        ),
+        ({"vision_token_choices": [], "vision_token_weights": []}, "`vision_token_choices` is empty"),
+        ({"vision_token_choices": [64]}, r"`vision_token_choices`=\[64\].*give both"),
+        ({"vision_token_choices": [64, 144], "vision_token_weights": [1.0]}, "1 entries for 2"),
+        ({"vision_token_choices": [64, 144], "vision_token_weights": [0.0, 0]}, "not all zero"),
+        ({"vision_token_choices": [64, 144], "vision_token_weights": [1, -0.2]}, "not negative"),
+        ({"vision_token_choices": [64, 144], "vision_token_weights": [1, float("nan")]}, "finite"),
     ],
 )
 def test_counts_and_weights_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         TokenFlexConfig(**arguments)
+
+
+def test_a_towers_config_is_left_as_it_was():
+    vision_config = SiglipVisionConfig(image_size=384, patch_size=16)
+    assert not TokenFlexConfig(vision_config=vision_config).vision_config.vision_use_head
+    assert vision_config.vision_use_head
 
 
 def test_full_size_model_has_the_right_shapes_and_size():

@@ -263,10 +263,72 @@ def test_hand_built_inputs_without_grids_or_mask(tiny):
     torch.testing.assert_close(generate(model, bare, num_vision_tokens=4)[1], expected, atol=1e-4, rtol=0)
 
 
+def test_a_padded_batch_without_mask_is_recounted_by_its_padding(tiny):
+    model, processor = tiny
+    inputs, expected = encode(processor, [2, 1]), encode(processor, [2, 1], 4)
+    assert inputs.pop("attention_mask").min() == expected.pop("attention_mask").min() == 0
+    logits = generate(model, inputs, num_vision_tokens=4)[1]
+    torch.testing.assert_close(logits, generate(model, expected)[1], atol=1e-4, rtol=0)
+
+
 def test_text_only_prompts_have_no_count(tiny):
     model, processor = tiny
     inputs = encode(processor, [0, 0])
     assert torch.equal(generate(model, inputs, num_vision_tokens=4)[0], generate(model, inputs)[0])
+    with pytest.raises(ValueError, match="`num_vision_tokens`=5"):
+        model.generate(**inputs, num_vision_tokens=5)
+
+
+def test_placeholders_without_images_are_refused(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [1])
+    with pytest.raises(ValueError, match="there are no images"):
+        model.generate(input_ids=inputs["input_ids"])
+    first = model.generate(
+        **inputs,
+        num_vision_tokens=4,
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    with pytest.raises(ValueError, match="cannot be continued from its cache"):
+        model.generate(input_ids=first.sequences, past_key_values=first.past_key_values)
+
+
+def test_a_kept_cache_goes_on_at_the_count_it_was_made_with(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [1])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**inputs, **options)
+    ids = torch.cat([first.sequences, torch.tensor([[70, 71]])], dim=-1)
+    again = model.generate(input_ids=ids, past_key_values=first.past_key_values, **options)
+    whole = model.generate(input_ids=ids, pixel_values=inputs["pixel_values"], **options)
+    assert torch.equal(again.sequences, whole.sequences)
+
+
+def test_runs_that_are_not_the_grids_are_refused(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [2], [4, 16])
+    inputs["vision_token_grids"] = inputs["vision_token_grids"].flip(0)
+    with pytest.raises(ValueError, match=r"encoded as \[16, 4\] tokens in unbroken runs"):
+        model.generate(**inputs)
+    with pytest.raises(ValueError, match=r"`vision_token_grids` has shape \(2,\)"):
+        model.generate(**{**inputs, "vision_token_grids": torch.tensor([4, 16])})
+
+
+def test_a_count_set_on_loading_is_checked(tiny, tmp_path):
+    save_checkpoint(tmp_path / "checkpoint", *tiny)
+    with pytest.raises(ValueError, match="`num_vision_tokens`=17"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", num_vision_tokens=17)
+
+
+def test_exporting_takes_an_integer_beside_the_processors_output(tiny):
+    model, processor = tiny
+    inputs = dict(encode(processor, [1], 16))
+    program = torch.export.export(model.model, (), {**inputs, "num_vision_tokens": 16, "use_cache": False})
+    exported = program.module()(**inputs, num_vision_tokens=16, use_cache=False)
+    torch.testing.assert_close(exported["last_hidden_state"], model.model(**inputs).last_hidden_state)
 
 
 def test_one_tower_pass_serves_every_count_and_question(tiny):
@@ -323,7 +385,7 @@ def test_mismatches_name_both_numbers(tiny):
     with pytest.raises(ValueError, match="lists 1 counts for 2 images"):
         model.get_image_features(torch.zeros(2, 3, 64, 64), vision_token_grids=torch.tensor([[2, 2]]))
     with pytest.raises(ValueError, match="`pixel_values` has shape"):
-        model.get_image_features(torch.zeros(1, 3, 80, 64))
+        model.get_image_features(torch.zeros(1, 3, 64, 67))
     four_short_rows = {
         "input_ids": torch.full((4, 4), processor.image_token_id),
         "pixel_values": torch.zeros(1, 3, 64, 64),

@@ -85,9 +85,28 @@ def test_images_and_placeholders_must_match(tiny, num_images, text):
         tiny[1](images=[IMAGE] * num_images, text=text)
 
 
-def test_placeholders_without_images_are_refused(tiny):
+@pytest.mark.parametrize("images", [None, [], [[]]])
+def test_placeholders_without_images_are_refused(tiny, images):
     with pytest.raises(ValueError, match="no images were passed"):
-        tiny[1](text=TEXT)
+        tiny[1](images=images, text=TEXT)
+
+
+def test_images_grouped_by_prompt_stay_with_their_prompt(tiny):
+    texts = ["none", TEXT]
+    assert "pixel_values" in tiny[1](images=[[], [IMAGE]], text=texts)
+    with pytest.raises(ValueError, match=r"`text` has \[0, 1\] .* per prompt, but `images` groups .* as \[1, 0\]"):
+        tiny[1](images=[[IMAGE], []], text=texts)
+
+
+def test_a_count_is_checked_even_without_images(tiny):
+    assert set(tiny[1](images=[], text="none", num_vision_tokens=4)) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="`num_vision_tokens`=5"):
+        tiny[1](text="none", num_vision_tokens=5)
+
+
+def test_floating_point_images_are_refused(tiny):
+    with pytest.raises(ValueError, match="PIL mode F"):
+        tiny[1](images=Image.new("F", (8, 8), 0.5), text=TEXT)
 
 
 ODD_IMAGES = {
@@ -102,6 +121,7 @@ ODD_IMAGES = {
     "alpha": Image.new("RGBA", (20, 20), (200, 0, 0, 128)),
     "16 bit": Image.fromarray(np.full((20, 20), 32768, dtype=np.uint16)),
     "32 bit": Image.new("I", (20, 20), 32768),
+    "32 bit, small": Image.new("I", (20, 20), 128),
 }
 
 
@@ -117,7 +137,8 @@ def test_modes_mean_what_they_show(tiny):
         pixel_values = tiny[1](images=image, text=TEXT, return_tensors="pt")["pixel_values"]
         return [round(float(value), 1) for value in pixel_values[0, :, 32, 32]]
 
-    assert color(ODD_IMAGES["16 bit"]) == color(ODD_IMAGES["32 bit"]) == color(ODD_IMAGES["gray"]) == [0.0, 0.0, 0.0]
+    for kind in ("16 bit", "32 bit", "32 bit, small", "gray"):
+        assert color(ODD_IMAGES[kind]) == [0.0, 0.0, 0.0], kind
     assert color(ODD_IMAGES["CMYK"]) == [1.0, -1.0, -1.0]
     assert color(ODD_IMAGES["gray with alpha"]) == [1.0, 1.0, 1.0], "what is transparent shows white"
     encoded = io.BytesIO()

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..configuration_tokenflex import check_vision_token_weights
+from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
 from ..modeling_tokenflex import recount_vision_tokens
 from .data import Example, to_example
 from .sampling import draw_num_vision_tokens
@@ -67,6 +67,8 @@ class TokenFlexDataCollator:
                 "Give `vision_token_choices` and `vision_token_weights` together, or neither to use the model config's."
             )
         if vision_token_choices is not None:
+            for i, count in enumerate(vision_token_choices):
+                resolve_vision_token_grid(count, processor.patch_grid, f"vision_token_choices[{i}]")
             check_vision_token_weights(vision_token_choices, vision_token_weights)
         self.processor = processor
         self.vision_token_choices = vision_token_choices
@@ -91,7 +93,7 @@ class TokenFlexDataCollator:
                 "The counts are not known: give the Trainer `callbacks=[collator.callback]`, which reads them off the "
                 "model's config, or pass `vision_token_choices` and `vision_token_weights`."
             )
-        examples = [row if isinstance(row, Example) else to_example(row) for row in rows]
+        examples = [to_example(row) for row in rows]
         batch = self._pad(self._encode(examples))
         images = [image for example in examples for image in example.images]
         if not images:
@@ -103,9 +105,9 @@ class TokenFlexDataCollator:
 
     def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int) -> dict[str, torch.Tensor]:
         """The batch with every image at `num_vision_tokens`."""
-        side = round(num_vision_tokens**0.5)
-        grids = [(side, side)] * len(batch["vision_token_grids"])
         processor = self.processor
+        grid = resolve_vision_token_grid(num_vision_tokens, processor.patch_grid)
+        grids = [grid] * len(batch["vision_token_grids"])
         return recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
 
     def _draw_alone(self) -> int:
@@ -142,10 +144,9 @@ class TokenFlexDataCollator:
                 continue
             prompt = processor.apply_chat_template(dialog[:i], add_generation_prompt=True)
             text = processor.apply_chat_template(dialog[: i + 1])
-            end = processor.tokenizer.eos_token
-            head, found, tail = text[len(prompt) :].rpartition(end) if end else (text[len(prompt) :], "", "")
-            pieces += [(prompt[len(done) :], False), (head + found, True)]
-            done = prompt + head + found
+            answer = text[len(prompt) :].rstrip()  # templates put a line break behind the end token
+            pieces += [(prompt[len(done) :], False), (answer, True)]
+            done = prompt + answer
         return [piece for piece in pieces if piece[0]]
 
     def _share_prefix(
@@ -158,9 +159,9 @@ class TokenFlexDataCollator:
                 if len(set(tokens)) > 1:
                     break
                 shared += 1
-            shared = min(
-                shared, *(next(i for i, label in enumerate(labels) if label != -100) for _, labels in dialogs)
-            )
+            # At most up to an answer's last prompt token, from which its first token is predicted.
+            starts = [next(i for i, label in enumerate(labels) if label != -100) for _, labels in dialogs]
+            shared = min(shared, *(start - 1 for start in starts))
         prefix, prefix_labels = dialogs[0][0][:shared], dialogs[0][1][:shared]
         row = (list(prefix), list(prefix_labels), [0] * shared)
         for number, (ids, labels) in enumerate(dialogs, start=1 if len(dialogs) > 1 else 0):
@@ -170,8 +171,9 @@ class TokenFlexDataCollator:
         placeholders = row[0].count(self.processor.image_token_id)
         if placeholders != num_images:
             raise ValueError(
-                f"A row has {num_images} images but its text holds {placeholders} image placeholders "
-                f"({self.processor.image_token}): questions and answers must not contain that token."
+                f"A row has {num_images} images but what its dialogs share holds {placeholders} image placeholders "
+                f"({self.processor.image_token}): questions and answers must not contain that token, and questions "
+                "about the same images must place them alike."
             )
         return row
 
@@ -201,7 +203,17 @@ class VisionTokenCallback(TrainerCallback):
         self.num_vision_tokens = None
         self._hook = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        """Evaluation may come before training: what the collator has to know is known once the Trainer is made."""
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor`={args.label_smoothing_factor}: the Trainer smooths against unshifted labels "
+                "for models outside transformers. Use 0."
+            )
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config.dispatch_batches`=True splits a batch's images unlike its prompts. Use False."
+            )
         collator = self.collator
         if collator.vision_token_choices is None:
             collator.vision_token_choices = list(model.config.vision_token_choices)
@@ -209,6 +221,8 @@ class VisionTokenCallback(TrainerCallback):
         if collator.seed is None:
             collator.seed = args.seed
         collator.follows_trainer = True
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._remove_hook()
         self._hook = model.register_forward_pre_hook(self._recount, with_kwargs=True)
 
@@ -219,9 +233,9 @@ class VisionTokenCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
             logs["num_vision_tokens"] = self.num_vision_tokens
+            state.log_history[-1]["num_vision_tokens"] = self.num_vision_tokens
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.collator.follows_trainer = False
         self._remove_hook()
 
     def _remove_hook(self):

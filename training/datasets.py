@@ -1,5 +1,6 @@
 """Data sets from files and from the Hub, every row checked before the first step."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,14 @@ logger = logging.get_logger(__name__)
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
+def _refuse_tokens(example: Example, special_tokens: Sequence[str]) -> None:
+    texts = (part.get("text", "") for dialog in example.dialogs for message in dialog for part in message["content"])
+    for text in texts:
+        for token in special_tokens:
+            if token in text:
+                raise BadRowError(f"its text contains {token!r}, which has a meaning of its own to the model")
+
+
 class Rows:
     """
     Rows that are all known to be usable, as the collator takes them.
@@ -22,13 +31,19 @@ class Rows:
         source (`str`): What to call it in errors.
         image_folder (`str`, *optional*): Where relative image paths start.
         on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
+        special_tokens (`Sequence[str]`, *optional*): What texts must not contain, since it would end or place things.
 
     Raises:
         BadRowError: If a row cannot be used and `on_bad_row` is `"error"`, or no row can.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, source: str, image_folder: str | None = None, on_bad_row: str = "error"
+        self,
+        dataset: datasets.Dataset,
+        source: str,
+        image_folder: str | None = None,
+        on_bad_row: str = "error",
+        special_tokens: Sequence[str] = (),
     ):
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row`={on_bad_row!r}: use 'error' or 'skip'.")
@@ -42,7 +57,7 @@ class Rows:
         bad = []
         for index, row in enumerate(dataset):
             try:
-                to_example(row, image_folder)
+                _refuse_tokens(to_example(row, image_folder), special_tokens)
             except BadRowError as error:
                 if on_bad_row == "error":
                     raise BadRowError(f"{source}, row {index}: {error}.") from None
@@ -63,7 +78,13 @@ class Rows:
         return to_example(self.dataset[index], self.image_folder)
 
 
-def load_rows(dataset: str, split: str = "train", image_folder: str | None = None, on_bad_row: str = "error") -> Rows:
+def load_rows(
+    dataset: str,
+    split: str = "train",
+    image_folder: str | None = None,
+    on_bad_row: str = "error",
+    special_tokens: Sequence[str] = (),
+) -> Rows:
     """
     Loads and checks a data set.
 
@@ -73,6 +94,8 @@ def load_rows(dataset: str, split: str = "train", image_folder: str | None = Non
         image_folder (`str`, *optional*): Where relative image paths start. Defaults to the file's folder.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` stops at the first row that cannot be used; `"skip"` leaves such rows out and says how many.
+        special_tokens (`Sequence[str]`, *optional*):
+            The tokenizer's special tokens, which questions and answers must not contain.
 
     Returns:
         [`Rows`]
@@ -82,6 +105,8 @@ def load_rows(dataset: str, split: str = "train", image_folder: str | None = Non
         BadRowError: If a row cannot be used; the message names file, row and reason.
     """
     path = Path(dataset)
+    if path.is_dir():
+        raise ValueError(f"`dataset`={dataset!r} is a folder: name the file in it.")
     if path.is_file() or path.suffix in LOADERS:
         if not path.is_file():
             raise ValueError(f"`dataset`={dataset!r}: there is no such file.")
@@ -89,7 +114,7 @@ def load_rows(dataset: str, split: str = "train", image_folder: str | None = Non
             raise ValueError(f"`dataset`={dataset!r}: use a file ending in {', '.join(LOADERS)} or a Hub id.")
         try:
             loaded = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"`dataset`={dataset!r} cannot be read: {error.__cause__ or error}") from None
-        return Rows(loaded, path.name, image_folder or str(path.parent), on_bad_row)
-    return Rows(datasets.load_dataset(dataset, split=split), dataset, image_folder, on_bad_row)
+        except Exception as error:  # each file format's reader raises its own
+            raise ValueError(f"`dataset`={dataset!r} cannot be read: {error.__cause__ or error!r}") from error
+        return Rows(loaded, path.name, image_folder or str(path.parent), on_bad_row, special_tokens)
+    return Rows(datasets.load_dataset(dataset, split=split), dataset, image_folder, on_bad_row, special_tokens)

@@ -29,7 +29,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.01):
         hidden, other, plain = [], [], []
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {
-            id(parameter) for name, parameter in model.named_parameters() if "lm_head" in name
+            id(parameter)
+            for name, parameter in model.named_parameters()
+            if name.split(".")[-2:-1] in (["head"], ["lm_head"])
         }
         for parameter in model.parameters():
             if not parameter.requires_grad:

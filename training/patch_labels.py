@@ -8,7 +8,7 @@ listen to it: without this stage the model answers near chance after minutes.
 import torch
 from torch import nn
 
-from .synthetic import LABEL_KINDS, LABEL_SIZE, draw_scene
+from .synthetic import LABEL_KINDS, LABEL_SIZE, TOWER_SCENES, draw_scene
 
 
 class PatchLabelModel(nn.Module):
@@ -34,17 +34,21 @@ class PatchLabelModel(nn.Module):
             patch_labels (`torch.Tensor` of shape `(batch_size, 16, 16, 5)`): Dense labels, see `LABEL_KINDS`.
 
         Returns:
-            `dict`: `loss`, the mean cross-entropy summed over kinds of label.
+            `dict`: `loss`, the cross-entropy, a mean over cells that hold something plus one over empty cells, summed over
+            kinds of label.
         """
         logits = self.head(self.vision_tower(pixel_values).last_hidden_state)
         logits = logits.view(-1, sum(LABEL_KINDS.values()))  # (batch * patches * cells, classes)
         high, wide = LABEL_SIZE // self.rows, LABEL_SIZE // self.columns
         labels = patch_labels.view(-1, self.rows, high, self.columns, wide, len(LABEL_KINDS))
         labels = labels.transpose(2, 3).reshape(-1, len(LABEL_KINDS))
-        losses = [
-            nn.functional.cross_entropy(part, labels[:, i])
-            for i, part in enumerate(logits.split(list(LABEL_KINDS.values()), dim=-1))
-        ]
+        losses = []
+        for kind, part in enumerate(logits.split(list(LABEL_KINDS.values()), dim=-1)):
+            loss = nn.functional.cross_entropy(part, labels[:, kind], reduction="none")
+            # Most cells are empty: averaged apart, or small things would hardly count.
+            present = (labels[:, kind] > 0).float()
+            for cells in (present, 1 - present):
+                losses.append((loss * cells).sum() / cells.sum().clamp(min=1))
         return {"loss": sum(losses)}
 
 
@@ -59,7 +63,7 @@ class PatchLabelDataset:
         return self.num_images
 
     def __getitem__(self, index: int) -> dict:
-        scene = draw_scene(self.seed, index)
+        scene = draw_scene(self.seed, index, TOWER_SCENES)
         return {"image": scene.image, "patch_labels": scene.labels}
 
 

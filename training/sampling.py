@@ -12,7 +12,7 @@ def draw_num_vision_tokens(
     choices: Sequence[int], weights: Sequence[float], seed: int, step: int, micro_step: int = 0
 ) -> int:
     """
-    Draws the vision-token count of one micro-batch (paper, section "stochastic dynamic token training"). There is no
+    Draws the vision-token count of one micro-batch (paper, claim "draws the token count at random per step"). There is no
     state: every rank and every resumed run draws the same, whatever else was drawn before.
 
     Args:
@@ -34,7 +34,7 @@ def draw_num_vision_tokens(
     >>> from tokenflex.training import draw_num_vision_tokens
 
     >>> [draw_num_vision_tokens([64, 144, 256], [2, 3, 5], seed=0, step=step) for step in range(4)]
-    [144, 64, 256, 256]
+    [144, 144, 144, 256]
     ```
     """
     check_vision_token_weights(choices, weights)

@@ -36,7 +36,8 @@ DIGITS = (
 COARSE_FAMILIES = ("paper_color", "shape_color", "shape_kind", "shape_place", "tallest_bar")
 DETAIL_FAMILIES = ("bar_value", "cell_color", "digit_color", "digit_value", "dot_count")
 FAMILIES = COARSE_FAMILIES + DETAIL_FAMILIES
-SCENES = {"poster": 0.35, "chart": 0.25, "mosaic": 0.2, "dots": 0.2}
+SCENES = {"poster": 0.35, "chart": 0.15, "mosaic": 0.2, "dots": 0.3}  # what questions are asked about, and how often
+TOWER_SCENES = {"page": 0.5, "poster": 0.2, "chart": 0.1, "mosaic": 0.1, "dots": 0.1}  # what the tower learns from
 GRID = 5  # a mosaic's rows and columns: not a count's side, so that cells and pooling windows do not line up
 
 # Dense labels of an object: how many values each has, 0 meaning nothing is there.
@@ -90,15 +91,15 @@ class _Canvas:
 
 
 def _poster(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """One big shape in a quadrant, a small digit in each of the others."""
-    colors = rng.permutation(len(COLORS))
+    """One big shape in a quadrant, two small digits in each of the others; questions about one of the two."""
+    colors = [int(color) for color in rng.permutation(len(COLORS))]
     place, kind = int(rng.integers(4)), int(rng.integers(len(SHAPES)))
-    digits = rng.permutation(10)
+    digits = [int(digit) for digit in rng.permutation(10)]
     questions = []
     for quadrant in range(4):
         row, column = divmod(quadrant, 2)
-        color = int(colors[quadrant])
         if quadrant == place:
+            color = colors.pop()
             size = int(rng.integers(20, 29))
             x = 32 * column + int(rng.integers(1, 31 - size))
             y = 32 * row + int(rng.integers(1, 31 - size))
@@ -109,14 +110,25 @@ def _poster(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, s
                 ("shape_place", "where is the big shape?", PLACES[place]),
             ]
         else:
-            digit = int(digits[quadrant])
-            x, y = 32 * column + int(rng.integers(2, 24)), 32 * row + int(rng.integers(2, 20))
-            canvas.digit(digit, x, y, color, row + 1, column + 1)
+            pair = [(digits.pop(), colors.pop()) for _ in range(2)]
+            for half, (digit, color) in enumerate(pair):
+                x, y = 32 * column + 16 * half + int(rng.integers(1, 10)), 32 * row + int(rng.integers(1, 22))
+                canvas.digit(digit, x, y, color, row + 1, column + 1)
+            digit, color = pair[int(rng.integers(2))]
             questions += [
                 ("digit_value", f"which digit is {_COLOR_NAMES[color]}?", str(digit)),
                 ("digit_color", f"which color is the digit {digit}?", _COLOR_NAMES[color]),
             ]
     return questions
+
+
+def _page(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Nine small digits; no questions, but much to read for a tower that learns to see."""
+    for cell in range(9):
+        row, column = divmod(cell, 3)
+        x, y = 21 * column + int(rng.integers(1, 15)), 21 * row + int(rng.integers(1, 11))
+        canvas.digit(int(rng.integers(10)), x, y, int(rng.integers(len(COLORS))), 1 + row // 2, 1 + column // 2)
+    return []
 
 
 def _draw_shape(canvas: _Canvas, kind: int, x: int, y: int, size: int, color: int, labels: tuple[int, ...]):
@@ -180,13 +192,13 @@ def _dots(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, str
     """Up to six dots of each of two colors, in random cells of a 4 x 4 grid."""
     colors = rng.permutation(len(COLORS))[:2]
     counts = rng.integers(1, 7, 2)
+    radius = 3
     cells = rng.permutation(16)
     questions = [
         ("dot_count", f"how many {_COLOR_NAMES[color]} dots are there?", str(count))
         for color, count in zip(colors, counts)
     ]
     for i, cell in enumerate(cells[: counts.sum()]):
-        radius = int(rng.integers(2, 4))
         x = 16 * (int(cell) % 4) + int(rng.integers(radius + 1, 15 - radius))
         y = 16 * (int(cell) // 4) + int(rng.integers(radius + 1, 15 - radius))
         color = int(colors[0] if i < counts[0] else colors[1])
@@ -194,12 +206,17 @@ def _dots(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, str
     return questions
 
 
-_DRAW = {"poster": _poster, "chart": _chart, "mosaic": _mosaic, "dots": _dots}
+_DRAW = {"page": _page, "poster": _poster, "chart": _chart, "mosaic": _mosaic, "dots": _dots}
 
 
-def draw_scene(seed: int, index: int) -> Scene:
+def draw_scene(seed: int, index: int, scenes: dict[str, float] = SCENES) -> Scene:
     """
-    Draws one image with its questions, a pure function of (seed, index).
+    Draws one image with its questions, a pure function of its arguments.
+
+    Args:
+        seed (`int`): The generator's seed.
+        index (`int`): The image's number.
+        scenes (`dict[str, float]`, *optional*, defaults to `SCENES`): Kinds of scene and their probabilities.
 
     Example:
 
@@ -213,7 +230,7 @@ def draw_scene(seed: int, index: int) -> Scene:
     rng = np.random.default_rng((seed, index))
     paper = tuple(PAPERS)[int(rng.integers(len(PAPERS)))]
     canvas = _Canvas(rng, paper)
-    scene = rng.choice(list(SCENES), p=list(SCENES.values()))
+    scene = rng.choice(list(scenes), p=list(scenes.values()))
     questions = _DRAW[scene](canvas, rng)
     questions.append(("paper_color", "which color is the paper?", paper))
     return Scene(canvas.image, questions, canvas.labels())

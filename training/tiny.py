@@ -1,5 +1,7 @@
 """The embedded default: a tiny tower, language model and tokenizer that train in minutes on two CPU cores."""
 
+from collections.abc import Iterable
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -24,13 +26,13 @@ INITIALIZER_RANGE = 0.08
 PAD_TOKEN, START_TOKEN, END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
-def train_tokenizer(texts, vocab_size: int = 384) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """
     A byte-level BPE tokenizer with the chat and image tokens of Qwen2.5-VL.
 
     Args:
         texts (iterable of `str`): What to train on.
-        vocab_size (`int`, *optional*, defaults to 384): At least 256 bytes and five special tokens.
+        vocab_size (`int`, *optional*, defaults to 512): At least 256 bytes and six special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,19 +92,20 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> TokenFl
 
 
 def tiny_model_and_processor(
-    seed: int = 0, width: int = 128
+    seed: int = 0, width: int = 128, texts: Iterable[str] | None = None
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
     """
-    A freshly initialised tiny model and its processor; the tokenizer is trained on the synthetic questions.
+    A freshly initialised tiny model and its processor, with a tokenizer trained on the spot.
 
     Args:
-        seed (`int`, *optional*, defaults to 0): The seed of the weights and of the tokenizer's training text.
+        seed (`int`, *optional*, defaults to 0): The seed of the weights.
         width (`int`, *optional*, defaults to 128): The hidden size of both towers.
+        texts (iterable of `str`, *optional*):
+            Questions and answers to train the tokenizer on. Defaults to the synthetic ones.
     """
-    scenes = [draw_scene(seed, index) for index in range(400)]
-    tokenizer = train_tokenizer(
-        text for scene in scenes for _, *pair in scene.questions for text in [*pair, "user", "assistant"]
-    )
+    if texts is None:
+        texts = (text for i in range(400) for _, *pair in draw_scene(0, i).questions for text in pair)
+    tokenizer = train_tokenizer([*texts, *["user", "assistant", "system"] * 100])
     config = tiny_config(tokenizer, width)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

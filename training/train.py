@@ -32,9 +32,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    dataset: str = field(
-        metadata={"help": "A parquet, JSON or JSONL file, a folder or glob of them, or a data set id on the Hub."}
-    )
+    dataset: str = field(metadata={"help": "A parquet, JSON, JSONL or CSV file, or a Hub id."})
     dataset_split: str = field(default="train", metadata={"help": "The split of a Hub data set."})
     image_folder: str | None = field(
         default=None, metadata={"help": "Where relative image paths start. Default: the data file's folder."}
@@ -59,16 +57,8 @@ class TokenFlexTrainingArguments(TrainingArguments):
         },
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept false: the collator reads the rows' own columns."}
+        default=False, metadata={"help": "Whether to drop columns before collating; the collator needs them."}
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor`={self.label_smoothing_factor}: the Trainer smooths against unshifted labels "
-                "for models outside transformers. Use 0."
-            )
 
 
 def build_trainer(
@@ -128,14 +118,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TokenFlexT
     Returns:
         `Path`: The saved checkpoint.
     """
-    rows = load_rows(data_args.dataset, data_args.dataset_split, data_args.image_folder, data_args.on_bad_row)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    rows = load_rows(
+        data_args.dataset,
+        data_args.dataset_split,
+        data_args.image_folder,
+        data_args.on_bad_row,
+        processor.tokenizer.all_special_tokens,
+    )
     model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path)
     freeze_parts(model, model_args.freeze)
     trainer = build_trainer(
         model, processor, args, rows, model_args.vision_token_choices, model_args.vision_token_weights
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=resume.lower() == "true" or resume if resume else None)
     final = Path(args.output_dir) / "final"
     if trainer.is_world_process_zero():
         save_checkpoint(final, trainer.accelerator.unwrap_model(trainer.model), processor)

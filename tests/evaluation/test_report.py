@@ -1,0 +1,68 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from tokenflex.evaluation.report import markdown_table, plot_png
+from tokenflex.evaluation.sweep import Prediction, score
+
+
+COUNTS = [4, 16, 36]
+
+
+def report(families=("color", "count"), times=True):
+    predictions = [
+        Prediction(i, family, "q", "red", {count: "red" if (i + count) % 3 else "blue" for count in COUNTS})
+        for i, family in enumerate(families * 5)
+    ]
+    scores = score(predictions, COUNTS)
+    return {**scores, "milliseconds_to_first_token": {4: 1.25, 16: 2.0, 36: 3.5}} if times else scores
+
+
+def cells(table):
+    lines = table.strip().split("\n")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+
+
+@pytest.mark.parametrize("families", [("color", "count"), ("color",), ("all",)])
+@pytest.mark.parametrize("times", [False, True])
+def test_table_has_one_row_per_count_and_the_majority(families, times):
+    table = cells(markdown_table(report(families, times)))
+    assert [row[0] for row in table] == ["vision tokens", "4", "16", "36", "commonest answer"]
+    assert len({len(row) for row in table}) == 1
+    assert ("ms to first token" in table[0]) == times
+    assert all(family in table[0] for family in families)
+
+
+def test_table_holds_the_scores():
+    scores = report()
+    table = cells(markdown_table(scores))
+    columns = {name: i for i, name in enumerate(table[0])}
+    for row, count in zip(table[1:], COUNTS):
+        for family in ("color", "count"):
+            assert float(row[columns[family]]) == pytest.approx(100 * scores["accuracy"][count][family], abs=0.051)
+        assert float(row[columns["mean"]]) == pytest.approx(100 * scores["mean"][count], abs=0.051)
+        assert float(row[columns["ms to first token"]]) == pytest.approx(
+            scores["milliseconds_to_first_token"][count], abs=0.051
+        )
+    assert float(table[-1][columns["mean"]]) == pytest.approx(100.0)
+
+
+def test_separator_has_as_many_columns_as_the_header():
+    header, separator = markdown_table(report()).split("\n")[:2]
+    assert header.count("|") == separator.count("|")
+
+
+@pytest.mark.parametrize("families", [("color", "count"), ("all",), tuple(f"family {i}" for i in range(13))])
+@pytest.mark.parametrize("times", [False, True])
+def test_plot_is_an_image(families, times):
+    image = Image.open(io.BytesIO(plot_png(report(families, times), "a title")))
+    image.load()
+    assert image.format == "PNG" and min(image.size) > 200
+    assert image.convert("L").getextrema() == (0, 255)
+
+
+def test_report_read_back_from_json_gives_the_same_table():
+    assert markdown_table(json.loads(json.dumps(report()))) == markdown_table(report())
+    assert plot_png(json.loads(json.dumps(report())), "a title").startswith(b"\x89PNG")

@@ -1,0 +1,471 @@
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens, to_example
+from tokenflex.training.data import BadRowError, Example
+from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.tiny import tiny_model_and_processor
+
+
+END = "<|im_end|>"
+few = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<"), min_size=1)
+words = texts.map(str.strip).filter(bool)
+questions = st.sampled_from(["which color?", "which color is the dot?", "how many?", "how"]) | words
+pairs = st.lists(st.tuples(questions, words), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    model, processor = tiny_model_and_processor(width=32)
+    return model.eval(), processor
+
+
+def at(processor, count):
+    return TokenFlexDataCollator(processor, [count], [1.0])
+
+
+def row_of(asked, index=0):
+    questions, answers = zip(*asked)
+    return {"image": SyntheticVQA(100, 7)[index]["image"], "questions": list(questions), "answers": list(answers)}
+
+
+def one_per_row(row):
+    return [
+        {"image": row["image"], "question": question, "answer": answer}
+        for question, answer in zip(row["questions"], row["answers"])
+    ]
+
+
+def assert_same_batch(first, second):
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@given(pairs)
+@few
+def test_labels_are_the_answers_and_their_end_tokens(narrow, asked):
+    processor = narrow[1]
+    batch = at(processor, 4)([row_of(asked)])
+    labelled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    said = processor.tokenizer.decode(batch["labels"][labelled], clean_up_tokenization_spaces=False)
+    assert said == "".join(answer + END for _, answer in asked)
+    tokens = [processor.tokenizer(answer + END, add_special_tokens=False)["input_ids"] for _, answer in asked]
+    assert batch["labels"][labelled].tolist() == [token for ids in tokens for token in ids]
+
+
+@given(st.lists(pairs, min_size=1, max_size=3), st.sampled_from([1, 4, 16, 36, 64]))
+@few
+def test_image_tokens_and_padding_are_never_labelled(narrow, batch_of, count):
+    model, processor = narrow
+    batch = at(processor, count)([row_of(asked, i) for i, asked in enumerate(batch_of)])
+    hidden = batch["labels"] == -100
+    image_tokens = batch["input_ids"] == model.config.image_token_id
+    assert hidden[image_tokens].all() and hidden[batch["attention_mask"] == 0].all()
+    assert (image_tokens.sum(-1) == count).all()
+    assert batch["vision_token_grids"].prod(-1).tolist() == [count] * len(batch_of)
+    assert torch.equal(batch["segment_ids"] == -1, batch["attention_mask"] == 0)
+
+
+def test_every_turn_of_a_conversation_is_labelled(narrow):
+    processor = narrow[1]
+    turns = [("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second")]
+    messages = [{"role": role, "content": text} for role, text in [("system", "be brief"), *turns]]
+    batch = at(processor, 4)([{"image": Image.new("RGB", (8, 8)), "messages": messages}])
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]) == f"first{END}second{END}"
+
+
+def test_rows_read_as_the_chat_template_renders_them(narrow):
+    processor = narrow[1]
+    row = row_of([("which color?", "red")])
+    dialog = to_example(row).dialogs[0]
+    text = processor.apply_chat_template(dialog).removesuffix("\n")
+    expected = processor(images=row["image"], text=text, num_vision_tokens=16, return_tensors="pt")
+    batch = at(processor, 16)([row])
+    for key in ("input_ids", "attention_mask", "pixel_values"):
+        assert torch.equal(batch[key], expected[key]), key
+
+
+def test_labels_hold_the_answer_when_the_template_ends_turns_unlike_the_tokenizer(narrow):
+    processor = copy.deepcopy(narrow[1])
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    batch = at(processor, 4)([row_of([("which color?", "red")])])
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]).startswith("red")
+
+
+@given(pairs, st.sampled_from([4, 36]))
+@few
+def test_packed_questions_have_the_loss_of_one_question_per_row(narrow, asked, count):
+    model, processor = narrow
+    row = row_of(asked)
+    with torch.no_grad():
+        packed = model(**at(processor, count)([row])).loss
+        separate = model(**at(processor, count)(one_per_row(row))).loss
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+
+
+def test_asking_the_same_twice_costs_what_asking_apart_costs(narrow):
+    model, processor = narrow
+    row = row_of([("which color?", "red"), ("which color?", "blue"), ("which color?", "red")])
+    with torch.no_grad():
+        packed = model(**at(processor, 4)([row])).loss
+        separate = model(**at(processor, 4)(one_per_row(row))).loss
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_questions_have_the_gradients_of_one_question_per_row(narrow):
+    processor = narrow[1]
+    gradients = []
+    row = row_of([("which color?", "red"), ("how many dots?", "three"), ("where?", "top left")])
+    for rows in ([row], one_per_row(row)):
+        model = copy.deepcopy(narrow[0])
+        model(**at(processor, 16)(rows)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def answer_logits(model, batch, segment):
+    labelled = (batch["labels"] != -100) & (batch["segment_ids"] == segment)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    return logits[:, :-1][labelled[:, 1:]]
+
+
+@given(words, words, words, words)
+@few
+def test_a_question_does_not_see_its_neighbours(narrow, question, answer, other_question, other_answer):
+    model, processor = narrow
+    logits = []
+    for second in ((question, answer), (other_question, other_answer)):
+        batch = at(processor, 4)([row_of([("which color?", "red"), second, ("how many?", "three")])])
+        logits.append(answer_logits(model, batch, 3))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_answer_has_the_logits_it_has_alone(narrow):
+    model, processor = narrow
+    row = row_of([("which color?", "red"), ("how many dots?", "three"), ("where?", "top left")])
+    packed = at(processor, 16)([row])
+    for number, alone in enumerate(one_per_row(row)):
+        expected = answer_logits(model, at(processor, 16)([alone]), 0)
+        torch.testing.assert_close(answer_logits(model, packed, number + 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(pairs, min_size=2, max_size=3), st.sampled_from([4, 36]))
+@few
+def test_batched_rows_equal_rows_one_by_one(narrow, batch_of, count):
+    model, processor = narrow
+    rows = [row_of(asked, i) for i, asked in enumerate(batch_of)]
+    batch = at(processor, count)(rows)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for i, row in enumerate(rows):
+            alone = at(processor, count)([row])
+            length = alone["input_ids"].shape[1]
+            for key in ("input_ids", "labels", "segment_ids", "attention_mask"):
+                assert torch.equal(batch[key][i, :length], alone[key][0]), key
+            torch.testing.assert_close(together[i, :length], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_text_only_rows_can_stand_beside_images(narrow):
+    model, processor = narrow
+    text_row = Example([], [[{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "hi"}]])
+    rows = [text_row, row_of([("which color?", "red")]), text_row]
+    collator = at(processor, 16)
+    with torch.no_grad():
+        together = model(**collator(rows)).logits
+        for i, row in enumerate(rows):
+            alone = model(**collator([row])).logits[0]
+            torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(pairs, min_size=1, max_size=3), st.sampled_from([1, 4, 16, 36, 64]), st.sampled_from([1, 9, 36, 64]))
+@few
+def test_recounting_equals_collating_at_that_count(narrow, batch_of, before, after):
+    processor = narrow[1]
+    rows = [row_of(asked, i) for i, asked in enumerate(batch_of)]
+    batch = at(processor, before)(rows)
+    kept = {key: value.clone() for key, value in batch.items()}
+    assert_same_batch(at(processor, before).recount(batch, after), at(processor, after)(rows))
+    assert_same_batch(batch, kept)
+
+
+def test_several_images_in_one_row(narrow):
+    model, processor = narrow
+    images = [SyntheticVQA(3, 1)[i]["image"] for i in range(2)]
+    row = {"images": images, "questions": ["first <image> second <image> same?"] * 2, "answers": ["yes", "no"]}
+    batch = at(processor, 16)([row, row_of([("which color?", "red")])])
+    assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [32, 16]
+    assert model(**batch).loss.isfinite()
+
+
+def test_an_image_in_other_places_of_each_question_is_collated_or_refused_as_a_row(narrow):
+    model, processor = narrow
+    row = row_of([("look <image> is it red?", "no"), ("is <image> blue?", "yes")])
+    try:
+        example = to_example(row)
+    except BadRowError:
+        return
+    with torch.no_grad():
+        packed = model(**at(processor, 4)([example])).loss
+        separate = model(**at(processor, 4)(one_per_row(row))).loss
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+
+
+def test_collator_leaves_its_rows_alone(narrow):
+    row = row_of([("which color?", "red"), ("how many?", "two")])
+    kept = copy.deepcopy(row)
+    at(narrow[1], 4)([row])
+    assert row == kept
+
+
+@pytest.mark.parametrize("key", ["question", "answer"])
+def test_image_token_in_the_text_is_refused(narrow, key):
+    row = {"image": Image.new("RGB", (8, 8)), "question": "what?", "answer": "that"}
+    row[key] = "what does <|image_pad|> mean?"
+    with pytest.raises(ValueError, match=r"<\|image_pad\|>"):
+        at(narrow[1], 4)([row])
+
+
+@pytest.mark.parametrize("count", [5, 40, -4, 100])
+def test_count_that_the_model_cannot_have_is_refused(narrow, count):
+    with pytest.raises(ValueError, match=str(count)):
+        at(narrow[1], count)([row_of([("which color?", "red")])])
+    with pytest.raises(ValueError, match=str(count)):
+        at(narrow[1], 4).recount(at(narrow[1], 4)([row_of([("which color?", "red")])]), count)
+
+
+def test_choices_and_weights_come_together_and_fit(narrow):
+    for choices, weights in (([4], None), (None, [1.0]), ([4, 16], [1.0]), ([4], [0.0])):
+        with pytest.raises(ValueError, match="vision_token_weights"):
+            TokenFlexDataCollator(narrow[1], choices, weights)
+
+
+def test_unknown_counts_are_refused_with_the_way_out(narrow):
+    with pytest.raises(ValueError, match="callbacks=.collator.callback"):
+        TokenFlexDataCollator(narrow[1])([row_of([("which color?", "red")])])
+
+
+def test_alone_it_warns_once_and_draws_by_batch_number(narrow, caplog):
+    choices, weights = [4, 16, 36], [2, 3, 5]
+    collator = TokenFlexDataCollator(narrow[1], choices, weights, seed=3)
+    with caplog.at_level(logging.WARNING):
+        drawn = [int(collator([row_of([("which color?", "red")])])["vision_token_grids"].prod()) for _ in range(12)]
+    assert drawn == [draw_num_vision_tokens(choices, weights, 3, number) for number in range(12)]
+    assert len(set(drawn)) > 1
+    assert caplog.text.count("without its callback") == 1
+
+
+def test_pickled_collator_gives_the_same_batches(narrow, tmp_path):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    rows = [row_of([("which color?", "red"), ("how many?", "two")])]
+    collator = TokenFlexDataCollator(processor, [4, 16], [1, 1], seed=1)
+    assert_same_batch(pickle.loads(pickle.dumps(collator))(rows), collator(rows))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    collator.callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    assert_same_batch(pickle.loads(pickle.dumps(collator))(rows), collator(rows))
+    collator.callback.on_train_end(args, TrainerState(), TrainerControl(), model=model)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "I", "I;16", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"]
+)
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (37, 20)])
+def test_odd_images_are_collated(narrow, mode, size):
+    image = Image.new(mode, size)
+    batch = at(narrow[1], 4)([{"image": image, "question": "which color?", "answer": "red"}])
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+    assert batch["pixel_values"].isfinite().all() and batch["pixel_values"].abs().max() <= 1 + 1e-6
+
+
+def test_palette_with_transparency_is_collated(narrow):
+    image = Image.effect_noise((9, 7), 60).convert("P")
+    image.info["transparency"] = 3
+    assert (
+        at(narrow[1], 4)([{"image": image, "question": "which?", "answer": "this"}])["pixel_values"].isfinite().all()
+    )
+
+
+def test_sixteen_bit_grey_keeps_its_brightness(narrow):
+    def pixels(image):
+        return at(narrow[1], 4)([{"image": image, "question": "which?", "answer": "this"}])["pixel_values"]
+
+    for value in (0, 1000, 40_000, 65_535):
+        grey = pixels(Image.new("L", (5, 5), value >> 8))
+        torch.testing.assert_close(pixels(Image.new("I;16", (5, 5), value)), grey)
+        torch.testing.assert_close(pixels(Image.new("I", (5, 5), value)), grey)
+
+
+class Recorder:
+    """The counts that the model really ran at, in training and in evaluation."""
+
+    def __init__(self, model):
+        self.trained, self.evaluated = [], []
+        model.model.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module, args, kwargs):
+        counts = set(kwargs["vision_token_grids"].prod(-1).tolist())
+        assert len(counts) == 1
+        (self.trained if module.training else self.evaluated).append(counts.pop())
+
+
+def run(narrow, folder, resume=None, collator_arguments=(), rows=None, callbacks=(), **options):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    recorder = Recorder(model)
+    collator = TokenFlexDataCollator(processor, *collator_arguments)
+    options = {"max_steps": 6, "save_strategy": "no", "seed": 5, "per_device_train_batch_size": 2, **options}
+    args = TrainingArguments(
+        str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        logging_steps=1,
+        learning_rate=1e-3,
+        **options,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=collator,
+        train_dataset=rows or SyntheticVQA(40, 3, questions_per_image=2),
+        eval_dataset=SyntheticVQA(4, 4, questions_per_image=2),
+        callbacks=[collator.callback, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder
+
+
+def expected_draws(config, seed, steps, micro_steps=1):
+    return [
+        draw_num_vision_tokens(config.vision_token_choices, config.vision_token_weights, seed, step, micro_step)
+        for step in steps
+        for micro_step in range(micro_steps)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_training_runs_at_the_drawn_counts(narrow, tmp_path, workers, micro_steps):
+    _, recorder = run(narrow, tmp_path, dataloader_num_workers=workers, gradient_accumulation_steps=micro_steps)
+    assert recorder.trained == expected_draws(narrow[0].config, 5, range(6), micro_steps)
+    assert len(set(recorder.trained)) > 1
+
+
+def test_log_history_names_the_count_of_every_loss(narrow, tmp_path):
+    trainer, recorder = run(narrow, tmp_path)
+    logged = [log.get("num_vision_tokens") for log in trainer.state.log_history if "loss" in log]
+    assert logged == recorder.trained
+
+
+def test_draws_go_on_through_epochs(narrow, tmp_path):
+    rows = SyntheticVQA(5, 3, questions_per_image=1)
+    _, recorder = run(narrow, tmp_path, rows=rows, max_steps=8, gradient_accumulation_steps=2)
+    per_step = iter(recorder.trained)
+    for step in range(8):
+        sizes = (2, 1)[step % 2]
+        assert [next(per_step) for _ in range(sizes)] == expected_draws(narrow[0].config, 5, [step], sizes)
+
+
+def test_given_choices_and_seed_go_before_the_configs(narrow, tmp_path):
+    choices, weights = [1, 9, 64], [1, 1, 1]
+    _, recorder = run(narrow, tmp_path, collator_arguments=(choices, weights, 77))
+    assert recorder.trained == [draw_num_vision_tokens(choices, weights, 77, step) for step in range(6)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_training_equals_uninterrupted(narrow, tmp_path, workers):
+    options = {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers}
+    whole, recorder = run(narrow, tmp_path / "run", **options)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    resumed, resumed_recorder = run(narrow, tmp_path / "again", resume=checkpoint, **options)
+    assert resumed_recorder.trained == recorder.trained[3:]
+    final = resumed.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_evaluation_takes_the_largest_count_and_no_draws(narrow, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    trainer, recorder = run(narrow, tmp_path, **options)
+    assert recorder.trained == expected_draws(narrow[0].config, 5, range(6))
+    assert recorder.evaluated == [36] * 6
+    in_training = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log][-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(in_training, abs=1e-6)
+    assert set(recorder.evaluated) == {36}
+
+
+def test_evaluation_before_training_takes_the_largest_count(narrow, tmp_path):
+    model = copy.deepcopy(narrow[0])
+    recorder = Recorder(model)
+    collator = TokenFlexDataCollator(narrow[1])
+    args = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False
+    )
+    rows = SyntheticVQA(3, 4, questions_per_image=1)
+    trainer = Trainer(model, args, data_collator=collator, eval_dataset=rows, callbacks=[collator.callback])
+    trainer.evaluate()
+    assert set(recorder.evaluated) == {36}
+
+
+def test_nothing_is_left_on_the_model_after_training(narrow, tmp_path):
+    trainer, recorder = run(narrow, tmp_path, max_steps=1)
+    assert not trainer.model._forward_pre_hooks
+    batch = at(narrow[1], 4)([row_of([("which color?", "red")])])
+    trainer.model.train()
+    trainer.model(**batch)
+    assert recorder.trained[-1] == 4
+
+
+def test_nothing_is_warned_about_with_the_callback(narrow, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(narrow, tmp_path, max_steps=2)
+    assert "without its callback" not in caplog.text
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_second_training_after_an_interrupted_one_draws_as_a_first(narrow, tmp_path):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    recorder = Recorder(model)
+    collator = TokenFlexDataCollator(processor)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, seed=5, report_to="none", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False, save_strategy="no",
+    )  # fmt: skip
+    rows = SyntheticVQA(40, 3, questions_per_image=1)
+    for callbacks in ([collator.callback, Stop()], [collator.callback]):
+        recorder.trained.clear()
+        trainer = Trainer(model, args, data_collator=collator, train_dataset=rows, callbacks=callbacks)
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            assert len(recorder.trained) == 1
+    assert recorder.trained == expected_draws(model.config, 5, range(3))
+
+
+def test_loss_does_not_depend_on_how_a_step_is_split(narrow, tmp_path):
+    losses = []
+    for batch_size, micro_steps in ((4, 1), (2, 2), (1, 4)):
+        trainer, _ = run(
+            narrow, tmp_path, max_steps=2, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=micro_steps, collator_arguments=([16], [1.0]),
+        )  # fmt: skip
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=2e-4)
