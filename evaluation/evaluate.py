@@ -2,17 +2,16 @@
 
 import json
 import platform
-from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import write_file
 from ..training.data import to_example
-from ..training.datasets import load_rows
+from ..training.datasets import DataArguments, load_rows
 from .latency import time_to_first_token
 from .report import markdown_table, plot_png
 from .sweep import predict, score
@@ -73,16 +72,17 @@ def save_report(folder: str | Path, report: dict, predictions: list, title: str)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="tokenflex eval", description="Score a checkpoint at every vision-token count.")
+    parser = HfArgumentParser(
+        DataArguments, prog="tokenflex eval", description="Score a checkpoint at every vision-token count."
+    )
+    parser.set_defaults(dataset_split="test")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
-    parser.add_argument("--dataset", required=True, help="A parquet, JSON, JSONL or CSV file, or a Hub id.")
-    parser.add_argument("--dataset_split", default="test", help="The split of a Hub data set. Default: %(default)s.")
-    parser.add_argument("--image_folder", help="Where relative image paths start. Default: the file's folder.")
-    parser.add_argument("--on_bad_row", default="error", choices=["error", "skip"], help="Default: %(default)s.")
-    parser.add_argument("--counts", type=int, nargs="+", help="Vision-token counts. Default: the config's choices.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Questions at a time. Default: %(default)s.")
-    parser.add_argument("--max_new_tokens", type=int, default=16, help="Longest answer. Default: %(default)s.")
-    parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go. Default: %(default)s.")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", help="Vision-token counts; the config's choices if not given."
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
+    parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go.")
     args = parser.parse_args(argv)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     special_tokens = processor.tokenizer.all_special_tokens

@@ -1,6 +1,7 @@
 """Data sets from files and from the Hub, every row checked before the first step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,23 @@ from .data import BadRowError, Example, to_example
 logger = logging.get_logger(__name__)
 
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(metadata={"help": "A parquet, JSON, JSONL or CSV file, or a Hub id."})
+    dataset_split: str = field(default="train", metadata={"help": "The split of a Hub data set."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative image paths start. Default: the data file's folder."}
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "`error` stops at a row without image or answer, naming file, row and reason; `skip` leaves such "
+            "rows out and says how many.",
+            "choices": ["error", "skip"],
+        },
+    )
 
 
 def _refuse_tokens(example: Example, special_tokens: Sequence[str]) -> None:
@@ -80,7 +98,7 @@ class Rows:
 
 def load_rows(
     dataset: str,
-    split: str = "train",
+    dataset_split: str = "train",
     image_folder: str | None = None,
     on_bad_row: str = "error",
     special_tokens: Sequence[str] = (),
@@ -90,7 +108,7 @@ def load_rows(
 
     Args:
         dataset (`str`): A parquet, JSON, JSONL or CSV file, or the id of a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): The split of a Hub data set.
+        dataset_split (`str`, *optional*, defaults to `"train"`): The split of a Hub data set.
         image_folder (`str`, *optional*): Where relative image paths start. Defaults to the file's folder.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` stops at the first row that cannot be used; `"skip"` leaves such rows out and says how many.
@@ -117,4 +135,4 @@ def load_rows(
         except Exception as error:  # each file format's reader raises its own
             raise ValueError(f"`dataset`={dataset!r} cannot be read: {error.__cause__ or error!r}") from error
         return Rows(loaded, path.name, image_folder or str(path.parent), on_bad_row, special_tokens)
-    return Rows(datasets.load_dataset(dataset, split=split), dataset, image_folder, on_bad_row, special_tokens)
+    return Rows(datasets.load_dataset(dataset, split=dataset_split), dataset, image_folder, on_bad_row, special_tokens)

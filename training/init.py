@@ -1,11 +1,9 @@
 """`tokenflex init`: a new tiny checkpoint for a data set of one's own."""
 
-from argparse import ArgumentParser
-
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from ..files import save_checkpoint
-from .datasets import load_rows
+from .datasets import DataArguments, load_rows
 from .tiny import tiny_model_and_processor
 
 
@@ -49,16 +47,13 @@ def init_checkpoint(dataset, vision_tower: str | None = None, seed: int = 0):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
+    parser = HfArgumentParser(
+        DataArguments,
         prog="tokenflex init",
         description="Make a new tiny checkpoint whose tokenizer is trained on a data set's questions and answers.",
     )
-    parser.add_argument("--dataset", required=True, help="A parquet, JSON, JSONL or CSV file, or a Hub id.")
-    parser.add_argument("--dataset_split", default="train", help="The split of a Hub data set. Default: %(default)s.")
-    parser.add_argument("--image_folder", help="Where relative image paths start. Default: the file's folder.")
-    parser.add_argument("--on_bad_row", default="error", choices=["error", "skip"], help="Default: %(default)s.")
     parser.add_argument("--vision_tower", help="A checkpoint whose trained vision tower is taken over.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the new weights. Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the new weights.")
     parser.add_argument("--output_dir", required=True, help="Where the checkpoint goes.")
     args = parser.parse_args(argv)
     rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row)

@@ -38,7 +38,7 @@ DETAIL_FAMILIES = ("bar_value", "cell_color", "digit_color", "digit_value", "dot
 FAMILIES = COARSE_FAMILIES + DETAIL_FAMILIES
 SCENES = {"poster": 0.35, "chart": 0.15, "mosaic": 0.2, "dots": 0.3}  # what questions are asked about, and how often
 TOWER_SCENES = {"page": 0.5, "poster": 0.2, "chart": 0.1, "mosaic": 0.1, "dots": 0.1}  # what the tower learns from
-GRID = 5  # a mosaic's rows and columns: not a count's side, so that cells and pooling windows do not line up
+GRID = 5  # rows and columns of cells: not a count's side, so that cells and pooling windows do not line up
 
 # Dense labels of an object: how many values each has, 0 meaning nothing is there.
 LABEL_KINDS = {"color": 1 + len(COLORS), "kind": 9, "value": 21, "row": 1 + GRID, "column": 1 + GRID}
@@ -189,18 +189,18 @@ def _mosaic(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, s
 
 
 def _dots(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Up to six dots of each of two colors, in random cells of a 4 x 4 grid."""
+    """Up to six dots of each of two colors, in random cells of a 5 x 5 grid."""
     colors = rng.permutation(len(COLORS))[:2]
     counts = rng.integers(1, 7, 2)
     radius = 3
-    cells = rng.permutation(16)
+    cells = rng.permutation(GRID * GRID)
     questions = [
         ("dot_count", f"how many {_COLOR_NAMES[color]} dots are there?", str(count))
         for color, count in zip(colors, counts)
     ]
     for i, cell in enumerate(cells[: counts.sum()]):
-        x = 16 * (int(cell) % 4) + int(rng.integers(radius + 1, 15 - radius))
-        y = 16 * (int(cell) // 4) + int(rng.integers(radius + 1, 15 - radius))
+        x = IMAGE_SIZE * (int(cell) % GRID) // GRID + int(rng.integers(4, 9))
+        y = IMAGE_SIZE * (int(cell) // GRID) // GRID + int(rng.integers(4, 9))
         color = int(colors[0] if i < counts[0] else colors[1])
         canvas.draw("ellipse", (x - radius, y - radius, x + radius, y + radius), color, (8, 0, 0, 0))
     return questions

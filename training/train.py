@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from ..files import save_checkpoint
 from .collator import TokenFlexDataCollator
-from .datasets import load_rows
+from .datasets import DataArguments, load_rows
 from .optimization import MuonAdamW
 
 
@@ -27,23 +27,6 @@ class ModelArguments:
     )
     vision_token_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per choice. Default: the model config's."}
-    )
-
-
-@dataclass
-class DataArguments:
-    dataset: str = field(metadata={"help": "A parquet, JSON, JSONL or CSV file, or a Hub id."})
-    dataset_split: str = field(default="train", metadata={"help": "The split of a Hub data set."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Where relative image paths start. Default: the data file's folder."}
-    )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "`error` stops at a row without image or answer, naming file, row and reason; `skip` leaves such "
-            "rows out and says how many.",
-            "choices": ["error", "skip"],
-        },
     )
 
 
@@ -119,13 +102,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TokenFlexT
         `Path`: The saved checkpoint.
     """
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
-    rows = load_rows(
-        data_args.dataset,
-        data_args.dataset_split,
-        data_args.image_folder,
-        data_args.on_bad_row,
-        processor.tokenizer.all_special_tokens,
-    )
+    rows = load_rows(**vars(data_args), special_tokens=processor.tokenizer.all_special_tokens)
     model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path)
     freeze_parts(model, model_args.freeze)
     trainer = build_trainer(
