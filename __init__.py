@@ -2,14 +2,19 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grid, resolve_vision_token_grids
+from .configuration_tokenflex import (
+    TokenFlexConfig,
+    match_vision_token_grid,
+    resolve_vision_token_grid,
+    resolve_vision_token_grids,
+)
+from .generation_tokenflex import recount_vision_tokens
 from .modeling_tokenflex import (
     TokenFlexForConditionalGeneration,
     TokenFlexModel,
     TokenFlexPreTrainedModel,
     TokenFlexProjector,
     pooling_weights,
-    recount_vision_tokens,
 )
 from .processing_tokenflex import TokenFlexProcessor
 
@@ -29,6 +34,7 @@ __all__ = [
     "TokenFlexPreTrainedModel",
     "TokenFlexProcessor",
     "TokenFlexProjector",
+    "match_vision_token_grid",
     "pooling_weights",
     "recount_vision_tokens",
     "resolve_vision_token_grid",

@@ -1,6 +1,7 @@
 """TokenFLEX model configuration, and the arithmetic of vision-token counts and grids."""
 
 import copy
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -77,11 +78,77 @@ def resolve_vision_token_grid(
     return side, side
 
 
+def match_vision_token_grid(
+    num_vision_tokens: int,
+    image_size: tuple[int, int],
+    patch_grid: tuple[int, int],
+    name: str = "num_vision_tokens",
+) -> tuple[int, int]:
+    """
+    The grid of at most `num_vision_tokens` tokens that is nearest to an image's shape. Near is measured against the
+    ideal grid, which has exactly that many tokens and exactly that shape: the sum of both sides' ratios to it, as
+    logarithms. A square image gets the square grid.
+
+    Args:
+        num_vision_tokens (`int`):
+            The most tokens to use, from 1 to the number of patches; it need not be a square.
+        image_size (`tuple[int, int]`):
+            (height, width) of the image in pixels.
+        patch_grid (`tuple[int, int]`):
+            Rows and columns of the vision tower's patch grid.
+        name (`str`, *optional*, defaults to `"num_vision_tokens"`):
+            The argument to name in errors.
+
+    Returns:
+        `tuple[int, int]`: The grid as (rows, columns).
+
+    Raises:
+        ValueError: If the count is not an integer from 1 to the number of patches.
+
+    Example:
+
+    ```python
+    >>> from tokenflex import match_vision_token_grid
+
+    >>> match_vision_token_grid(144, image_size=(720, 1280), patch_grid=(27, 27))
+    (9, 16)
+    ```
+    """
+    max_rows, max_columns = patch_grid
+    try:
+        count = _as_integer(num_vision_tokens)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= max_rows * max_columns:
+        raise ValueError(
+            f"`{name}`={num_vision_tokens!r}: with `match_aspect_ratio`, a vision-token count is an integer from 1 to "
+            f"{max_rows * max_columns} (the patch grid is {max_rows} x {max_columns})."
+        )
+    return _nearest_grid(count, *image_size, max_rows, max_columns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest_grid(count: int, height: int, width: int, max_rows: int, max_columns: int) -> tuple[int, int]:
+    ideal_rows, ideal_columns = math.sqrt(count * height / width), math.sqrt(count * width / height)
+    # For each number of rows only the two integers around the ideal number of columns can be nearest.
+    candidates = {
+        (rows, max(1, min(columns, count // rows, max_columns)))
+        for rows in range(1, min(max_rows, count) + 1)
+        for columns in (math.floor(ideal_columns), math.ceil(ideal_columns))
+    }
+    return min(
+        sorted(candidates),
+        key=lambda grid: abs(math.log(grid[0] / ideal_rows)) + abs(math.log(grid[1] / ideal_columns)),
+    )
+
+
 def resolve_vision_token_grids(
     num_vision_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]],
     num_images: int,
     patch_grid: tuple[int, int],
     name: str = "num_vision_tokens",
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    num_tiles: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """
     Maps one count for all images, or a list with one count per image, to one grid per image.
@@ -90,11 +157,17 @@ def resolve_vision_token_grids(
         num_vision_tokens (`int`, `tuple[int, int]` or a list of these):
             An integer or a `(rows, columns)` tuple holds for all images; a list has one entry per image.
         num_images (`int`):
-            The number of images.
+            The number of images that the vision tower sees: tiles count one by one.
         patch_grid (`tuple[int, int]`):
             Rows and columns of the vision tower's patch grid.
         name (`str`, *optional*, defaults to `"num_vision_tokens"`):
             The argument to name in errors.
+        image_sizes (sequence of `tuple[int, int]`, *optional*):
+            (height, width) of each image: an integer count is then matched to the image's shape
+            ([`match_vision_token_grid`]) in place of a square.
+        num_tiles (sequence of `int`, *optional*):
+            How many tiles each image was cut into. A list of counts may then have one entry per image as well as one
+            per tile.
 
     Returns:
         `list[tuple[int, int]]`: One (rows, columns) per image.
@@ -104,13 +177,58 @@ def resolve_vision_token_grids(
             `num_images`.
     """
     if not isinstance(num_vision_tokens, list):
-        return [resolve_vision_token_grid(num_vision_tokens, patch_grid, name)] * num_images
-    if len(num_vision_tokens) != num_images:
+        counts, names = [num_vision_tokens] * num_images, [name] * num_images
+    else:
+        counts, names = num_vision_tokens, [f"{name}[{i}]" for i in range(len(num_vision_tokens))]
+        if num_tiles is not None and len(counts) == len(num_tiles):
+            counts = [count for count, tiles in zip(counts, num_tiles) for _ in range(tiles)]
+            names = [entry for entry, tiles in zip(names, num_tiles) for _ in range(tiles)]
+    if len(counts) != num_images:
+        in_tiles = f" cut into {num_images} tiles" if num_tiles is not None else ""
         raise ValueError(
-            f"`{name}` lists {len(num_vision_tokens)} counts for {num_images} images: give one count per image in order "
-            "of appearance, or a single integer for all of them."
+            f"`{name}` lists {len(num_vision_tokens)} counts for {len(num_tiles or range(num_images))} images{in_tiles}: "
+            "give one count per image in order of appearance, or a single integer for all of them."
         )
-    return [resolve_vision_token_grid(count, patch_grid, f"{name}[{i}]") for i, count in enumerate(num_vision_tokens)]
+    if image_sizes is None:
+        return [resolve_vision_token_grid(count, patch_grid, entry) for count, entry in zip(counts, names)]
+    if len(image_sizes) != num_images:
+        raise ValueError(f"`image_sizes` holds {len(image_sizes)} sizes for {num_images} images: give one per image.")
+    return [
+        resolve_vision_token_grid(count, patch_grid, entry)
+        if isinstance(count, tuple)
+        else match_vision_token_grid(count, tuple(size), patch_grid, entry)
+        for count, entry, size in zip(counts, names, image_sizes)
+    ]
+
+
+# How many class tokens a tower puts before its patches; registers are counted by the tower's own configuration.
+CLASS_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "internvl_vision": 1,
+    "siglip_vision_model": 0,
+    "vit": 1,
+}
+
+
+def count_prefix_tokens(vision_config: PreTrainedConfig) -> int | None:
+    """
+    How many class tokens and registers a tower's output holds before its patches; `None` for an unknown tower.
+
+    Example:
+
+    ```python
+    >>> from transformers import Dinov2WithRegistersConfig
+    >>> from tokenflex.configuration_tokenflex import count_prefix_tokens
+
+    >>> count_prefix_tokens(Dinov2WithRegistersConfig(num_register_tokens=4))
+    5
+    ```
+    """
+    class_tokens = CLASS_TOKENS.get(vision_config.model_type)
+    return None if class_tokens is None else class_tokens + getattr(vision_config, "num_register_tokens", 0)
 
 
 def _as_integer(value) -> int:
@@ -145,6 +263,9 @@ class TokenFlexConfig(PreTrainedConfig):
             One weight per choice; they are normalised when drawing.
         vision_feature_layer (`int`, *optional*, defaults to -1):
             The tower's hidden state that feeds the projector; -1 is the tower's normalised output.
+        num_prefix_tokens (`int`, *optional*):
+            How many class tokens and registers the tower's output holds before its patches; they are dropped. Known
+            for SigLIP, CLIP, DINOv2, DINOv3, InternViT and ViT; must be given for other towers.
         projector_hidden_size (`int`, *optional*, defaults to the language model's hidden size):
             The inner width of the projector's SwiGLU. The paper does not state it.
         projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
@@ -205,6 +326,7 @@ class TokenFlexConfig(PreTrainedConfig):
     vision_token_choices: list[int] | tuple[int, ...] | None = None
     vision_token_weights: list[float | int] | tuple[float | int, ...] | None = None
     vision_feature_layer: int = -1
+    num_prefix_tokens: int | None = None
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "silu"
     initializer_range: float = 0.02
@@ -217,6 +339,16 @@ class TokenFlexConfig(PreTrainedConfig):
         if getattr(self.vision_config, "vision_use_head", False):
             self.vision_config = copy.deepcopy(self.vision_config)
             self.vision_config.vision_use_head = False
+        known = count_prefix_tokens(self.vision_config)
+        if self.num_prefix_tokens is None:
+            self.num_prefix_tokens = known
+        if self.num_prefix_tokens is None or known not in (None, self.num_prefix_tokens):
+            raise ValueError(
+                f"`num_prefix_tokens`={self.num_prefix_tokens} for a vision tower of type "
+                f"{self.vision_config.model_type!r}: "
+                + (f"it has {known}." if known is not None else "say how many class tokens and registers it has.")
+                + f" Known towers: {', '.join(CLASS_TOKENS)}."
+            )
         # Models tie by the top-level value, towers' checkpoints say it in the text config.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         if self.projector_hidden_size is None:
@@ -276,4 +408,9 @@ def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float])
         )
 
 
-__all__ = ["TokenFlexConfig", "resolve_vision_token_grid", "resolve_vision_token_grids"]
+__all__ = [
+    "TokenFlexConfig",
+    "match_vision_token_grid",
+    "resolve_vision_token_grid",
+    "resolve_vision_token_grids",
+]

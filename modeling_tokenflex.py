@@ -1,6 +1,7 @@
 """PyTorch TokenFLEX model ([arXiv 2504.03154](https://huggingface.co/papers/2504.03154))."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,25 +9,15 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grid, resolve_vision_token_grids
-
-
-# What the new positions of a re-counted or re-padded row hold, per tensor that runs along the sequence.
-SEQUENCE_FILL_VALUES = {
-    "attention_mask": 0,
-    "labels": -100,
-    "mm_token_type_ids": 0,
-    "token_type_ids": 0,
-    "segment_ids": -1,
-}
+from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
+from .generation_tokenflex import TokenFlexGenerationMixin, infer_vision_token_grids
 
 
 def pooling_weights(
@@ -57,151 +48,6 @@ def pooling_weights(
     end = ((window + 1) * input_size + output_size - 1) // output_size
     inside = ((position >= start) & (position < end)).to(dtype or torch.get_default_dtype())
     return inside / inside.sum(-1, keepdim=True)
-
-
-def infer_vision_token_grids(
-    input_ids: torch.LongTensor, num_images: int, image_token_id: int, patch_grid: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """
-    Reads a uniform square count off the placeholders of hand-built inputs.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        num_images (`int`): How many images the placeholders stand for.
-        image_token_id (`int`): The placeholder's id.
-        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
-
-    Returns:
-        `list[tuple[int, int]]`: One (rows, columns) per image.
-
-    Raises:
-        ValueError: If the placeholders cannot be that many images with one square count.
-    """
-    row_counts = (input_ids == image_token_id).sum(-1).tolist()
-    count, remainder = divmod(sum(row_counts), num_images)
-    if remainder or count == 0 or any(row_count % count for row_count in row_counts):
-        raise ValueError(
-            f"Image features and image tokens do not match: the rows hold {row_counts} image tokens for {num_images} "
-            "images, which is no uniform count per image. Pass `vision_token_grids` as the processor returns it."
-        )
-    return [resolve_vision_token_grid(count, patch_grid, "image tokens per image in `input_ids`")] * num_images
-
-
-def first_placeholders(
-    input_ids: torch.LongTensor, vision_token_counts: torch.LongTensor, image_token_id: int
-) -> torch.LongTensor:
-    """
-    Finds where each image's run of placeholders begins.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        vision_token_counts (`torch.LongTensor` of shape `(num_images,)`): The length of each image's run.
-        image_token_id (`int`): The placeholder's id.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`: Positions in the flattened `input_ids`.
-
-    Raises:
-        ValueError: If the placeholders are not such runs, each unbroken and within one row.
-    """
-    length = input_ids.shape[-1]
-    placeholders = (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
-    ends = vision_token_counts.cumsum(0)
-    matched = int(vision_token_counts.sum()) == len(placeholders)
-    if matched:
-        first, last = placeholders[ends - vision_token_counts], placeholders[ends - 1]
-        matched = bool(((last - first + 1 == vision_token_counts) & (first // length == last // length)).all())
-    if not matched:
-        raise ValueError(
-            f"Image features and image tokens do not match: `input_ids` holds {len(placeholders)} image tokens, but its "
-            f"{len(vision_token_counts)} images were encoded as {vision_token_counts.tolist()} tokens in unbroken runs."
-        )
-    return first
-
-
-def recount_vision_tokens(
-    inputs: Mapping[str, torch.Tensor],
-    vision_token_grids: Sequence[tuple[int, int]],
-    image_token_id: int,
-    pad_token_id: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """
-    Rewrites encoded inputs to other vision-token counts, as if they had been encoded so in the first place: every
-    image's run of placeholders gets its new length in each tensor that runs along the sequence, and rows are padded
-    again on the side they were padded on.
-
-    Args:
-        inputs (`Mapping[str, torch.Tensor]`):
-            A processor's or collator's output: `input_ids` of shape `(batch_size, sequence_length)`,
-            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, optionally `attention_mask`,
-            `labels`, `mm_token_type_ids`, `token_type_ids` and `segment_ids`. Other entries are passed through, except
-            `position_ids`, which is dropped.
-        vision_token_grids (sequence of `tuple[int, int]`):
-            The new (rows, columns) per image.
-        image_token_id (`int`):
-            The placeholder's id.
-        pad_token_id (`int`, *optional*):
-            The id that pads `input_ids`; 0 when there is none, since the mask hides it.
-
-    Returns:
-        `dict[str, torch.Tensor]`: New tensors; the caller's are left as they were.
-
-    Raises:
-        ValueError: If the runs of placeholders do not match the encoded grids.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from tokenflex import recount_vision_tokens
-
-    >>> inputs = {"input_ids": torch.tensor([[5, 9, 9, 9, 9, 6]]), "vision_token_grids": torch.tensor([[2, 2]])}
-    >>> recount_vision_tokens(inputs, [(1, 1)], image_token_id=9)["input_ids"]
-    tensor([[5, 9, 6]])
-    ```
-    """
-    input_ids = inputs["input_ids"]
-    batch_size, length = input_ids.shape
-    device = input_ids.device
-    attention_mask = inputs.get("attention_mask")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} cannot be re-counted: give one of the shape of "
-            f"`input_ids`, {tuple(input_ids.shape)}."
-        )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    first = first_placeholders(input_ids, inputs["vision_token_grids"].to(device).prod(-1), image_token_id)
-    new_counts = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
-    if len(first) != len(new_counts):
-        raise ValueError(f"{len(new_counts)} new counts are asked for, but the inputs hold {len(first)} images.")
-
-    # Every position is copied once, the first placeholder of an image as often as its new count, padding never.
-    copies = ((mask.cumsum(-1) > 0) & (mask.flip(-1).cumsum(-1).flip(-1) > 0)).long().flatten()
-    copies[(input_ids == image_token_id).flatten()] = 0
-    copies[first] = new_counts
-    row_lengths = copies.view(batch_size, length).sum(-1)
-    new_length = int(row_lengths.max())
-    pad_right = bool((mask[:, -1] == 0).any()) and bool((mask[:, 0] == 1).all())
-    source = torch.repeat_interleave(torch.arange(batch_size * length, device=device), copies)
-    row = source // length
-    row_starts = row_lengths.cumsum(0) - row_lengths
-    offset = torch.zeros_like(row_lengths) if pad_right else new_length - row_lengths
-    target = row * new_length + offset[row] + torch.arange(len(source), device=device) - row_starts[row]
-
-    def rewrite(tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        flat = tensor.new_full((batch_size * new_length,), fill)
-        flat[target] = tensor.reshape(-1)[source]
-        return flat.view(batch_size, new_length)
-
-    recounted = {key: value for key, value in inputs.items() if key != "position_ids"}
-    recounted["input_ids"] = rewrite(input_ids, 0 if pad_token_id is None else pad_token_id)
-    if attention_mask is None and new_length * batch_size != len(source):
-        recounted["attention_mask"] = mask
-    for key, fill in SEQUENCE_FILL_VALUES.items():
-        if recounted.get(key) is not None:
-            recounted[key] = rewrite(recounted[key], fill)
-    recounted["vision_token_grids"] = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2)
-    return recounted
 
 
 def segment_position_ids(segment_ids: torch.LongTensor) -> torch.LongTensor:
@@ -305,6 +151,17 @@ class TokenFlexProjector(nn.Module):
 
 
 @dataclass
+class TokenFlexImageOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        vision_token_grids (`list[tuple[int, int]]`):
+            (rows, columns) of each image.
+    """
+
+    vision_token_grids: list[tuple[int, int]] | None = None
+
+
+@dataclass
 class TokenFlexModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
@@ -366,7 +223,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+    ) -> tuple | TokenFlexImageOutput:
         """
         Encodes images and pools each to its vision tokens.
 
@@ -380,10 +237,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 (rows, columns) of each image, as the processor returns it.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` holds the vision tokens, a
-            tensor of shape `(num_images, num_vision_tokens, hidden_size)`, or a list with one 2-D tensor per image
-            when counts differ; `last_hidden_state` the patch features of shape
-            `(num_images, num_patches, vision_hidden_size)` they were pooled from.
+            [`TokenFlexImageOutput`]: `pooler_output` holds the vision tokens, a tensor of shape
+            `(num_images, num_vision_tokens, hidden_size)`, or a list with one 2-D tensor per image when counts differ;
+            `last_hidden_state` the patch features of shape `(num_images, num_patches, vision_hidden_size)` they were
+            pooled from, without class tokens and registers; `vision_token_grids` the grids.
 
         Raises:
             ValueError: If a count is not allowed, the two arguments disagree, or the images do not have the tower's
@@ -403,10 +260,40 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if self.config.vision_feature_layer != -1:
             kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.last_hidden_state
         if self.config.vision_feature_layer != -1:
-            outputs.last_hidden_state = outputs.hidden_states[self.config.vision_feature_layer]
-        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state, grids)
-        return outputs
+            features = outputs.hidden_states[self.config.vision_feature_layer]
+        num_patches, num_prefix_tokens = math.prod(self.config.patch_grid), self.config.num_prefix_tokens
+        if features.shape[1] != num_prefix_tokens + num_patches:
+            raise ValueError(
+                f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
+                f"{num_prefix_tokens} and the patch grid {self.config.patch_grid} make {num_prefix_tokens + num_patches}."
+            )
+        image_outputs = self.pool_image_features(features[:, num_prefix_tokens:], grids)
+        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
+        return image_outputs
+
+    def pool_image_features(
+        self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]
+    ) -> TokenFlexImageOutput:
+        """
+        Pools patch features that were kept from [`~TokenFlexModel.get_image_features`] to other counts, without running
+        the vision tower.
+
+        Args:
+            patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
+                `last_hidden_state` of the kept output.
+            grids (sequence of `tuple[int, int]`):
+                (rows, columns) for each image.
+
+        Returns:
+            [`TokenFlexImageOutput`]
+        """
+        return TokenFlexImageOutput(
+            last_hidden_state=patch_features,
+            pooler_output=self.multi_modal_projector(patch_features, grids),
+            vision_token_grids=list(grids),
+        )
 
     def resolve_grids(
         self,
@@ -492,8 +379,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,
         segment_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexModelOutputWithPast:
@@ -507,9 +396,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 The counts the prompts were encoded with, when `vision_token_grids` is not given.
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
-            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted since processors can return it; the placeholders say the same.
-            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+            image_sizes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
+                Accepted since the processor can return them; only `generate` reads the first two.
+            mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
                 `{"image": model.get_image_features(...)}`, in place of `pixel_values`.
             segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several continuations behind one shared prefix: 0 for the prefix, 1, 2, ... for each continuation, -1
@@ -544,7 +433,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         if segment_ids is not None:
             position_ids = segment_position_ids(segment_ids)
-            attention_mask = create_causal_mask(
+            attention_mask = create_masks_for_generate(
                 config=self.language_model.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -565,7 +454,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         return TokenFlexModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
+class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGenerationMixin):
     """
     TokenFLEX with a language-modelling head: images and text in, text out, at any number of vision tokens.
 
@@ -600,7 +489,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+    ) -> tuple | TokenFlexImageOutput:
         """See [`TokenFlexModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_vision_tokens, vision_token_grids, **kwargs)
 
@@ -617,8 +506,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,
         segment_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexCausalLMOutputWithPast:
@@ -646,6 +537,9 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)  # Gemma 2 does so in its own head
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -660,115 +554,6 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
-        **kwargs,
-    ):
-        """
-        [`~transformers.GenerationMixin.generate`] at a chosen number of vision tokens, whatever count the inputs were
-        encoded with: the prompt really gets shorter or longer, and the result equals encoding at that count.
-
-        Args:
-            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The prompts, as `input_ids`.
-            generation_config (`GenerationConfig`, *optional*):
-                As in transformers. An entry `num_vision_tokens` in it is used when the argument is not given, and one
-                in the model's own generation config when neither is.
-            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
-                A count n*n or grid (rows, columns) for all images, or a list with one per image in order of
-                appearance. Defaults to the counts as encoded.
-            kwargs:
-                As in transformers.
-
-        Returns:
-            As in transformers. Sequences begin with the caller's `input_ids`, so
-            `output[:, input_ids.shape[1]:]` is the answer at every count.
-
-        Raises:
-            ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
-                rewritten that cannot be: behind a filled cache, or given as `inputs_embeds`.
-        """
-        for config in (generation_config, self.generation_config):
-            if num_vision_tokens is None:
-                num_vision_tokens = getattr(config, "num_vision_tokens", None)
-        if num_vision_tokens is not None and not isinstance(num_vision_tokens, list):
-            resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        pixel_values = kwargs.get("pixel_values")
-        image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if pixel_values is None and image_outputs is None:
-            self._refuse_placeholders_without_images(input_ids, kwargs.get("past_key_values"))
-            return super().generate(input_ids, generation_config, *args, **kwargs)
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            if num_vision_tokens is not None:
-                raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens} cannot be applied to `inputs_embeds`: pass `input_ids`, or "
-                    "embed the prompt at that count."
-                )
-            return super().generate(input_ids, generation_config, *args, **kwargs)
-
-        num_images = len(pixel_values if pixel_values is not None else image_outputs.last_hidden_state)
-        encoded = self.model.resolve_grids(
-            num_images, vision_token_grids=kwargs.get("vision_token_grids"), input_ids=input_ids
-        )
-        first_placeholders(
-            input_ids, torch.tensor(encoded, device=input_ids.device).prod(-1), self.config.image_token_id
-        )
-        grids = encoded
-        if num_vision_tokens is not None:
-            grids = resolve_vision_token_grids(num_vision_tokens, num_images, self.config.patch_grid)
-        prompt = {
-            **kwargs,
-            "input_ids": input_ids,
-            "vision_token_grids": torch.tensor(encoded, device=input_ids.device),
-        }
-        if grids != encoded:
-            cache = kwargs.get("past_key_values")
-            if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens} would rewrite a prompt of which {cache.get_seq_length()} "
-                    "tokens are already in `past_key_values`: start with an empty cache."
-                )
-            pad_token_id = self._pad_token_id(generation_config)
-            if prompt.get("attention_mask") is None and pad_token_id is not None:
-                prompt["attention_mask"] = (input_ids != pad_token_id).long()
-            prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, pad_token_id)
-        if image_outputs is not None:
-            tokens = self.model.multi_modal_projector(image_outputs.last_hidden_state, grids)
-            prompt["mm_encoder_outputs"] = {"image": type(image_outputs)(**{**image_outputs, "pooler_output": tokens})}
-        rewritten = prompt.pop("input_ids")
-        output = super().generate(rewritten, generation_config, *args, **prompt)
-        if grids == encoded:
-            return output
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        answers = sequences[:, rewritten.shape[1] :]
-        caller_ids = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0).to(answers.device)
-        sequences = torch.cat([caller_ids, answers], dim=-1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
-
-    def _refuse_placeholders_without_images(self, input_ids: torch.LongTensor | None, cache: Cache | None) -> None:
-        cached = cache.get_seq_length() if cache is not None else 0
-        if input_ids is not None and (input_ids[:, cached:] == self.config.image_token_id).any():
-            raise ValueError(
-                "Image features and image tokens do not match: there are no images, but `input_ids` holds image tokens "
-                f"behind the {cached} tokens in `past_key_values`. Pass `pixel_values`; a prompt that was rewritten to "
-                "another count cannot be continued from its cache."
-            )
-
-    def _pad_token_id(self, generation_config: GenerationConfig | None) -> int | None:
-        for config in (generation_config, self.generation_config):
-            if getattr(config, "pad_token_id", None) is not None:
-                return config.pad_token_id
-        return None
-
 
 TokenFlexConfig.register_for_auto_class()
 TokenFlexModel.register_for_auto_class("AutoModel")
@@ -781,5 +566,4 @@ __all__ = [
     "TokenFlexPreTrainedModel",
     "TokenFlexProjector",
     "pooling_weights",
-    "recount_vision_tokens",
 ]

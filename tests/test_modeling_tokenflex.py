@@ -284,16 +284,6 @@ def test_placeholders_without_images_are_refused(tiny):
     inputs = encode(processor, [1])
     with pytest.raises(ValueError, match="there are no images"):
         model.generate(input_ids=inputs["input_ids"])
-    first = model.generate(
-        **inputs,
-        num_vision_tokens=4,
-        max_new_tokens=3,
-        min_new_tokens=3,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
-    with pytest.raises(ValueError, match="cannot be continued from its cache"):
-        model.generate(input_ids=first.sequences, past_key_values=first.past_key_values)
 
 
 def test_a_kept_cache_goes_on_at_the_count_it_was_made_with(tiny):
