@@ -314,7 +314,7 @@ class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
 
     def _crops(self, crop_to_patches: bool | list[bool] | None, num_images: int) -> list[bool]:
         crop_to_patches = self.crop_to_patches if crop_to_patches is None else crop_to_patches
-        return one_each("crop_to_patches", crop_to_patches, num_images)
+        return one_each("crop_to_patches", crop_to_patches, num_images, "images")
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """

@@ -38,6 +38,9 @@ setup(
         "tqdm>=4.67",
         "transformers>=5.23",
     ],
-    extras_require={"test": ["hypothesis>=6.100", "peft>=0.21", "pytest>=8.0", "ruff>=0.14"]},
+    extras_require={
+        "video": ["av>=14.0"],
+        "test": ["av>=14.0", "hypothesis>=6.100", "peft>=0.21", "pytest>=8.0", "ruff>=0.14"],
+    },
     entry_points={"console_scripts": ["tokenflex=tokenflex.cli:main"]},
 )

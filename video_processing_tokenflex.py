@@ -138,11 +138,11 @@ def _to_image(frame) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
 
 
-def one_each(name: str, value, number: int) -> list:
+def one_each(name: str, value, number: int, items: str) -> list:
     if not isinstance(value, list):
         return [value] * number
     if len(value) != number:
-        raise ValueError(f"`{name}` has {len(value)} entries for {number} images or videos: give one each.")
+        raise ValueError(f"`{name}` has {len(value)} entries for {number} {items}: give one for each.")
     return value
 
 
@@ -163,7 +163,7 @@ class VideosAsImagesMixin:
         return_metadata = options.pop("return_metadata", False)
         frame_count = options.pop("num_vision_tokens", None)
         videos = list_videos(videos)
-        metadata = one_each("video_metadata", options.pop("video_metadata", None), len(videos))
+        metadata = one_each("video_metadata", options.pop("video_metadata", None), len(videos), "videos")
         sampled = [sample_frames(video, video_metadata=own, **options) for video, own in zip(videos, metadata)]
         videos = [frames for frames, _ in sampled]
 
@@ -186,9 +186,9 @@ class VideosAsImagesMixin:
         count = images_kwargs.get("num_vision_tokens") if count is None else count
         count = self.num_vision_tokens if count is None else count
         crop = images_kwargs.get("crop_to_patches", kwargs.pop("crop_to_patches", None))
-        crops = one_each("crop_to_patches", self.crop_to_patches if crop is None else crop, len(flat_images))
-        own_images = zip(flat_images, one_each("num_vision_tokens", count, len(flat_images)), crops)
-        own_videos = zip(videos, one_each("videos_kwargs['num_vision_tokens']", frame_count, len(videos)))
+        crops = one_each("crop_to_patches", self.crop_to_patches if crop is None else crop, len(flat_images), "images")
+        own_images = zip(flat_images, one_each("num_vision_tokens", count, len(flat_images), "images"), crops)
+        own_videos = zip(videos, one_each("videos_kwargs['num_vision_tokens']", frame_count, len(videos), "videos"))
         rows = []
         for kind in kinds:
             if kind == "image":

@@ -2,13 +2,23 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    IJepaConfig,
+    InternVLVisionConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from tokenflex import (
     TokenFlexConfig,
     TokenFlexForConditionalGeneration,
+    match_vision_token_grid,
     resolve_vision_token_grid,
     resolve_vision_token_grids,
 )
@@ -128,3 +138,85 @@ def test_full_size_model_has_the_right_shapes_and_size():
         features = model.get_image_features(torch.empty(2, 3, 384, 384, device="meta"), num_vision_tokens=tokens)
         assert features.pooler_output.shape == (2, tokens, 3584)
         assert features.last_hidden_state.shape == (2, 729, 1152)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_matched_grids_are_the_nearest_of_all(data):
+    patch_grid = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    count = data.draw(st.integers(1, patch_grid[0] * patch_grid[1]))
+    height, width = data.draw(st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
+    ideal = math.sqrt(count * height / width), math.sqrt(count * width / height)
+
+    def distance(grid):
+        return abs(math.log(grid[0] / ideal[0])) + abs(math.log(grid[1] / ideal[1]))
+
+    grid = match_vision_token_grid(count, (height, width), patch_grid)
+    allowed = [
+        (rows, columns)
+        for rows in range(1, patch_grid[0] + 1)
+        for columns in range(1, patch_grid[1] + 1)
+        if rows * columns <= count
+    ]
+    assert grid in allowed
+    assert distance(grid) <= min(map(distance, allowed)) + 1e-9
+    turned = match_vision_token_grid(count, (width, height), patch_grid[::-1])
+    assert distance(turned[::-1]) == pytest.approx(distance(grid)), "turning the image turns the grid"
+
+
+@pytest.mark.parametrize("side", range(1, 17))
+def test_square_images_get_square_grids(side):
+    assert match_vision_token_grid(side * side, (640, 640), (27, 27)) == (side, side)
+
+
+def test_matched_grids_follow_the_image():
+    assert match_vision_token_grid(256, (720, 1280), (27, 27)) == (12, 21)
+    assert match_vision_token_grid(256, (1280, 720), (27, 27)) == (21, 12)
+    assert match_vision_token_grid(64, (10, 10000), (27, 27)) == (1, 27)
+
+
+@pytest.mark.parametrize("count", [0, 730, 2.5, "64", None, True, [4]])
+def test_counts_to_match_are_checked(count):
+    with pytest.raises(
+        ValueError, match="with `match_aspect_ratio`, a vision-token count is an integer from 1 to 729"
+    ):
+        match_vision_token_grid(count, (10, 10), (27, 27))
+
+
+def test_lists_of_counts_stand_for_images_or_tiles():
+    resolve = resolve_vision_token_grids
+    assert resolve([4, (2, 3)], 4, (8, 8), num_tiles=[3, 1]) == [(2, 2)] * 3 + [(2, 3)]
+    assert resolve([4, 9, 16, 4], 4, (8, 8), num_tiles=[3, 1]) == [(2, 2), (3, 3), (4, 4), (2, 2)]
+    with pytest.raises(ValueError, match="lists 3 counts for 2 images cut into 4 tiles"):
+        resolve([4, 9, 16], 4, (8, 8), num_tiles=[3, 1])
+    with pytest.raises(ValueError, match=r"`num_vision_tokens\[1\]`=5"):
+        resolve([4, 5], 4, (8, 8), num_tiles=[3, 1])
+    assert resolve([8, (2, 3)], 2, (8, 8), image_sizes=[(10, 20), (10, 20)]) == [(2, 4), (2, 3)]
+    with pytest.raises(ValueError, match="`image_sizes` holds 1 sizes for 2 images"):
+        resolve(8, 2, (8, 8), image_sizes=[(10, 20)])
+
+
+@pytest.mark.parametrize(
+    ("vision_config", "prefix_tokens"),
+    [
+        (SiglipVisionConfig(), 0),
+        (CLIPVisionConfig(), 1),
+        (Dinov2Config(image_size=224), 1),
+        (Dinov2WithRegistersConfig(image_size=224, num_register_tokens=4), 5),
+        (InternVLVisionConfig(), 1),
+    ],
+)
+def test_class_tokens_and_registers_are_counted_by_rule(vision_config, prefix_tokens):
+    counts = {"num_vision_tokens": 49, "vision_token_choices": [49], "vision_token_weights": [1.0]}
+    assert TokenFlexConfig(vision_config=vision_config, **counts).num_prefix_tokens == prefix_tokens
+    with pytest.raises(ValueError, match=f"`num_prefix_tokens`=7 .* it has {prefix_tokens}"):
+        TokenFlexConfig(vision_config=vision_config, num_prefix_tokens=7, **counts)
+
+
+def test_an_unknown_tower_must_say_its_prefix():
+    vision_config = IJepaConfig(image_size=224, patch_size=14)
+    with pytest.raises(
+        ValueError, match="'ijepa': say how many class tokens and registers it has. Known towers: clip"
+    ):
+        TokenFlexConfig(vision_config=vision_config)
+    assert TokenFlexConfig(vision_config=vision_config, num_prefix_tokens=0).num_prefix_tokens == 0

@@ -1,4 +1,6 @@
+import copy
 import io
+import json
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
 
 from tokenflex import TokenFlexProcessor
 
@@ -200,3 +203,169 @@ def test_tokens_are_counted_without_processing(tiny):
     assert counted.num_image_tokens == [4, 6]
     assert counted.num_image_patches == [1, 1]
     assert processor._get_num_multimodal_tokens(sizes).num_image_tokens == [36, 36]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_counting_from_sizes_equals_processing(tiny, data):
+    processor = tiny[1]
+    sides = st.integers(20, 300)
+    sizes = data.draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=3))
+    options = {
+        "num_vision_tokens": data.draw(st.sampled_from([4, 16, 36, (2, 5)])),
+        "match_aspect_ratio": data.draw(st.booleans()),
+        "crop_to_patches": data.draw(st.booleans()),
+        "max_patches": data.draw(st.integers(1, 6)),
+    }
+    images = [Image.new("RGB", (width, height)) for height, width in sizes]
+    texts = ["<|image_pad|>"] * len(images)
+    output = processor(images=[[image] for image in images], text=texts, **options)
+    counts = processor.count_vision_tokens(sizes, **options)
+    assert num_image_tokens(processor, output) == counts
+    assert len(output["pixel_values"]) == len(output["vision_token_grids"])
+    asked = processor._get_num_multimodal_tokens(image_sizes=sizes, images_kwargs=options)
+    assert asked.num_image_tokens == counts
+    assert asked.num_image_patches == output.get("num_tiles", [1] * len(images))
+
+
+def test_tiles_are_gotocr2s(tiny):
+    processor = tiny[1]
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 200, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    own = processor.image_processor
+    reference = GotOcr2ImageProcessorPil(
+        size=own.size, image_mean=own.image_mean, image_std=own.image_std, resample=own.resample, max_patches=4
+    )
+    expected = reference([image], crop_to_patches=True, max_patches=4, return_tensors="pt")
+    options = {"crop_to_patches": True, "max_patches": 4, "num_vision_tokens": [4, 16], "return_tensors": "pt"}
+    output = processor(images=[image, IMAGE.resize((64, 64))], text=TEXT + TEXT, **options)
+    assert output["num_tiles"].tolist() == [expected["num_patches"].item(), 1] == [3, 1]
+    assert torch.equal(output["pixel_values"][:3], expected["pixel_values"])
+    whole = processor(images=[image, IMAGE.resize((64, 64))], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(output["pixel_values"][2:], whole, msg="the thumbnail is the whole image")
+    assert output["vision_token_grids"].tolist() == [[2, 2]] * 3 + [[4, 4]]
+    assert num_image_tokens(processor, {"input_ids": output["input_ids"].tolist()}) == [3 * 4 + 16]
+    some = processor(images=[image, image], text=TEXT + TEXT, crop_to_patches=[False, True], max_patches=4)
+    assert some["num_tiles"] == [1, 3]
+
+
+def test_tiles_are_one_image_when_generating(tiny):
+    model, processor = tiny
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 150, 3), dtype=np.uint8)) for i in (0, 1)]
+    options = {"crop_to_patches": True, "max_patches": 2, "return_tensors": "pt"}
+    generation = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    inputs = processor(images=images, text=TEXT + TEXT, **options)
+    assert inputs["num_tiles"].tolist() == [3, 3]
+    for asked, per_image in [(4, 4), ([4, 16], [4, 16]), ([4, 4, 16, 9, 9, 1], None)]:
+        logits = torch.stack(model.generate(**inputs, num_vision_tokens=asked, **generation).logits)
+        expected = dict(inputs)
+        if per_image is None:
+            tokens = processor.tokenizer(
+                TEXT.replace("<|image_pad|>", "<|image_pad|>" * (4 + 4 + 16))
+                + TEXT.replace("<|image_pad|>", "<|image_pad|>" * (9 + 9 + 1)),
+                return_tensors="pt",
+            )
+            grids = torch.tensor([[2, 2], [2, 2], [4, 4], [3, 3], [3, 3], [1, 1]])
+            expected = {**tokens, "pixel_values": inputs["pixel_values"], "vision_token_grids": grids}
+        else:
+            expected = processor(images=images, text=TEXT + TEXT, num_vision_tokens=per_image, **options)
+        expected = torch.stack(model.generate(**expected, **generation).logits)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="lists 3 counts for 2 images cut into 6 tiles"):
+        model.generate(**inputs, num_vision_tokens=[4, 4, 4])
+
+
+def test_grids_that_follow_the_image_do_so_at_every_count(tiny):
+    model, processor = tiny
+    images, text = [IMAGE, IMAGE.rotate(90, expand=True)], TEXT + TEXT
+    options = {"match_aspect_ratio": True, "return_tensors": "pt"}
+    generation = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    inputs = processor(images=images, text=text, num_vision_tokens=30, **options)
+    assert inputs["vision_token_grids"].tolist() == [[4, 7], [7, 4]]
+    assert inputs["image_sizes"].tolist() == [[50, 80], [80, 50]]
+    for count in (10, [3, 17], (2, 5)):
+        logits = torch.stack(model.generate(**inputs, num_vision_tokens=count, **generation).logits)
+        expected = processor(images=images, text=text, num_vision_tokens=count, **options)
+        expected = torch.stack(model.generate(**expected, **generation).logits)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="an integer from 1 to 64"):
+        model.generate(**inputs, num_vision_tokens=65)
+
+
+def test_options_of_the_processor_are_saved_and_can_be_changed_on_loading(tiny, tmp_path):
+    processor = tiny[1]
+    own = TokenFlexProcessor(
+        processor.image_processor, processor.tokenizer, 36, processor.patch_size, crop_to_patches=True, max_patches=2
+    )
+    own.save_pretrained(tmp_path)
+    wide = Image.new("RGB", (128, 64))
+    for loaded, num_tiles in [
+        (AutoProcessor.from_pretrained(tmp_path), 3),
+        (AutoProcessor.from_pretrained(tmp_path, max_patches=4), 3),
+        (AutoProcessor.from_pretrained(tmp_path, crop_to_patches=False), None),
+    ]:
+        output = loaded(images=wide, text=TEXT)
+        assert output.get("num_tiles") == (None if num_tiles is None else [num_tiles])
+        loaded.crop_to_patches = False
+        assert "num_tiles" not in loaded(images=wide, text=TEXT)
+    assert "crop_to_patches" not in AutoProcessor.from_pretrained(tmp_path).tokenizer.init_kwargs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_patches": 3, "max_patches": 2, "crop_to_patches": True}, "`min_patches`=3 and `max_patches`=2"),
+        ({"crop_to_patches": [True, False]}, "`crop_to_patches` has 2 entries for 1 images"),
+        ({"match_aspect_ratio": True, "num_vision_tokens": 65}, "`num_vision_tokens`=65: with `match_aspect_ratio`"),
+        ({"match_aspect_ratios": True}, "did you mean `match_aspect_ratio`"),
+        ({"crop_to_patch": True}, "did you mean `crop_to_patches`"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny[1](images=IMAGE, text=TEXT, **options)
+
+
+LLAMA_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_language_models_own_template_is_kept_and_learns_images(tiny, tmp_path):
+    processor = tiny[1]
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    own = TokenFlexProcessor(processor.image_processor, tokenizer, 36, processor.patch_size)
+    chat = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "hi"}]
+    assert own.apply_chat_template(chat) == tokenizer.apply_chat_template(chat, tokenize=False)
+    in_parts = [
+        {"role": "user", "content": [{"type": "text", "text": " hel"}, {"type": "text", "text": "lo "}]},
+        chat[1],
+    ]
+    assert own.apply_chat_template(in_parts) == own.apply_chat_template(chat)
+    prompt = own.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    assert prompt == f"[user] {own.image_placeholder}which color is it?\n[assistant]"
+    own.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(MESSAGES, add_generation_prompt=True) == prompt
+    assert loaded.apply_chat_template(chat) == own.apply_chat_template(chat)
+    tokenizer.chat_template = "{{ messages[0].content[0].type }} <|image_pad|>"
+    knows = TokenFlexProcessor(processor.image_processor, tokenizer, 36, processor.patch_size)
+    assert knows.chat_template == tokenizer.chat_template
+
+
+def test_without_marks_an_image_is_its_token_alone(tiny):
+    processor = tiny[1]
+    state = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<|vision_")]
+    state["model"]["vocab"] = {
+        word if not word.startswith("<|vision_") else f"unused {index}": index
+        for word, index in state["model"]["vocab"].items()
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<|endoftext|>"
+    )
+    own = TokenFlexProcessor(processor.image_processor, tokenizer, 36, processor.patch_size)
+    assert own.image_placeholder == "<|image_pad|>"
+    assert "user\n<|image_pad|>which" in own.apply_chat_template(MESSAGES)
