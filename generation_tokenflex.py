@@ -375,10 +375,10 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 return config.pad_token_id
         return None
 
-    def _get_logits_processor(self, *args, **kwargs):
+    def _get_logits_processor(self, *args, device=None, **kwargs):
         # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.
-        processors = super()._get_logits_processor(*args, **kwargs)
-        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
+        processors = super()._get_logits_processor(*args, device=device, **kwargs)
+        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=device or "cpu"))
         return processors
 
 

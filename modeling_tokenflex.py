@@ -1,5 +1,6 @@
 """PyTorch TokenFLEX model ([arXiv 2504.03154](https://huggingface.co/papers/2504.03154))."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,6 +186,16 @@ class TokenFlexCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
 
 
+def _spare_vision(quantization_config):
+    quantization_config = copy.deepcopy(quantization_config)
+    is_dict = isinstance(quantization_config, dict)
+    values = quantization_config if is_dict else vars(quantization_config)
+    name = "llm_int8_skip_modules" if values.get("quant_method") == "bitsandbytes" else "modules_to_not_convert"
+    if values.get(name) is None:
+        values[name] = [r"(.*\.)?vision_tower", r"(.*\.)?multi_modal_projector", "lm_head"]
+    return quantization_config
+
+
 class TokenFlexPreTrainedModel(PreTrainedModel):
     config: TokenFlexConfig
     config_class = TokenFlexConfig
@@ -197,6 +208,17 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
+        """
+        As in transformers, but a `quantization_config` that does not say what to leave as it is leaves the vision
+        tower, the projector and the head: together they are a few percent of the weights, and the widths of towers
+        such as SigLIP-so400m do not divide into quantisation groups.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _spare_vision(quantization_config)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def post_init(self):
         super().post_init()

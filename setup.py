@@ -39,8 +39,9 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
+        "quantization": ["torchao>=0.16"],
         "video": ["av>=14.0"],
-        "test": ["av>=14.0", "hypothesis>=6.100", "peft>=0.21", "pytest>=8.0", "ruff>=0.14"],
+        "test": ["av>=14.0", "hypothesis>=6.100", "peft>=0.21", "pytest>=8.0", "ruff>=0.14", "torchao>=0.16"],
     },
     entry_points={"console_scripts": ["tokenflex=tokenflex.cli:main"]},
 )
