@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTABLE := .venv/.testable
 
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
 
-test: $(INSTALLED)
+test: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(TESTABLE)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -21,8 +22,12 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	touch $(INSTALLED)
+
+$(TESTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test]"
+	touch $(TESTABLE)
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info
