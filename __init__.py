@@ -8,7 +8,6 @@ from .configuration_tokenflex import (
     resolve_vision_token_grid,
     resolve_vision_token_grids,
 )
-from .generation_tokenflex import recount_vision_tokens
 from .modeling_tokenflex import (
     TokenFlexForConditionalGeneration,
     TokenFlexModel,
@@ -16,6 +15,7 @@ from .modeling_tokenflex import (
     TokenFlexProjector,
     pooling_weights,
 )
+from .placeholders_tokenflex import recount_vision_tokens
 from .processing_tokenflex import TokenFlexProcessor
 
 

@@ -8,6 +8,7 @@ from . import __version__
 
 VERBS = {
     "init": ("training.init", "make a new tiny checkpoint for a data set of one's own"),
+    "build": ("towers", "join a pretrained vision tower and language model to a new checkpoint"),
     "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
     "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
     "generate": ("generate", "answer a question about an image at one or several counts"),

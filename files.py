@@ -1,11 +1,14 @@
 """Saving without half-written results: everything is written under a temporary name, then renamed."""
 
 import contextlib
+import functools
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 
 @contextlib.contextmanager
@@ -61,9 +64,16 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, model, processor) -> None:
+def save_checkpoint(path: str | Path, model, processor, max_shard_size: int | str = "50GB") -> None:
     """
     Saves a model and its processor as one folder that the Auto classes load; an older checkpoint there is replaced.
+    Weights keep their dtypes; where these differ, the folder loads in the widest of them, so that none is rounded.
+
+    Args:
+        path (`str` or `Path`): The folder.
+        model ([`~transformers.PreTrainedModel`]): The model.
+        processor ([`~transformers.ProcessorMixin`]): Its processor.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): The largest file of weights.
 
     Raises:
         ValueError: If there is a file at `path`, or a folder with something else than a checkpoint.
@@ -74,5 +84,10 @@ def save_checkpoint(path: str | Path, model, processor) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"A checkpoint cannot be saved to {path}, which holds other things: name a new folder.")
     with replace_directory(path) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+        if len(dtypes) > 1:
+            # transformers writes the dtype of the first weight, and loads all of them in what is written.
+            model.config.dtype = functools.reduce(torch.promote_types, dtypes)
+            model.config.save_pretrained(folder)
         processor.save_pretrained(folder)

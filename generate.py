@@ -26,7 +26,7 @@ def answer(
     """
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
+    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, num_vision_tokens=num_vision_tokens, max_new_tokens=max_new_tokens)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

@@ -1,173 +1,14 @@
-"""Generation for TokenFLEX: placeholders of images, re-counting them, and `generate` at any number of vision tokens."""
+"""`generate` for TokenFLEX, at any number of vision tokens."""
 
-from collections.abc import Mapping, Sequence
+import math
 
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
-
-
-# What the new positions of a re-counted or re-padded row hold, per tensor that runs along the sequence.
-SEQUENCE_FILL_VALUES = {
-    "attention_mask": 0,
-    "labels": -100,
-    "mm_token_type_ids": 0,
-    "token_type_ids": 0,
-    "segment_ids": -1,
-}
-
-
-def infer_vision_token_grids(
-    input_ids: torch.LongTensor, num_images: int, image_token_id: int, patch_grid: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """
-    Reads a uniform square count off the placeholders of hand-built inputs.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        num_images (`int`): How many images the placeholders stand for.
-        image_token_id (`int`): The placeholder's id.
-        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
-
-    Returns:
-        `list[tuple[int, int]]`: One (rows, columns) per image.
-
-    Raises:
-        ValueError: If the placeholders cannot be that many images with one square count.
-    """
-    row_counts = (input_ids == image_token_id).sum(-1).tolist()
-    count, remainder = divmod(sum(row_counts), num_images)
-    if remainder or count == 0 or any(row_count % count for row_count in row_counts):
-        raise ValueError(
-            f"Image features and image tokens do not match: the rows hold {row_counts} image tokens for {num_images} "
-            "images, which is no uniform count per image. Pass `vision_token_grids` as the processor returns it."
-        )
-    return [resolve_vision_token_grid(count, patch_grid, "image tokens per image in `input_ids`")] * num_images
-
-
-def first_placeholders(
-    input_ids: torch.LongTensor, vision_token_counts: torch.LongTensor, image_token_id: int
-) -> torch.LongTensor:
-    """
-    Finds where each image's run of placeholders begins.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        vision_token_counts (`torch.LongTensor` of shape `(num_images,)`): The length of each image's run.
-        image_token_id (`int`): The placeholder's id.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`: Positions in the flattened `input_ids`.
-
-    Raises:
-        ValueError: If the placeholders are not such runs, each unbroken and within one row.
-    """
-    length = input_ids.shape[-1]
-    placeholders = (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
-    ends = vision_token_counts.cumsum(0)
-    if int(vision_token_counts.sum()) == len(placeholders):
-        first, last = placeholders[ends - vision_token_counts], placeholders[ends - 1]
-        if ((last - first + 1 == vision_token_counts) & (first // length == last // length)).all():
-            return first
-    images = (
-        f"its {len(vision_token_counts)} images were encoded as {vision_token_counts.tolist()} tokens in unbroken runs"
-    )
-    raise ValueError(
-        f"Image features and image tokens do not match: `input_ids` holds {len(placeholders)} image tokens, but "
-        f"{images if len(vision_token_counts) else 'there are no images: pass `pixel_values`'}."
-    )
-
-
-def recount_vision_tokens(
-    inputs: Mapping[str, torch.Tensor],
-    vision_token_grids: Sequence[tuple[int, int]],
-    image_token_id: int,
-    pad_token_id: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """
-    Rewrites encoded inputs to other vision-token counts, as if they had been encoded so in the first place: every
-    image's run of placeholders gets its new length in each tensor that runs along the sequence, and rows are padded
-    again on the side they were padded on.
-
-    Args:
-        inputs (`Mapping[str, torch.Tensor]`):
-            A processor's or collator's output: `input_ids` of shape `(batch_size, sequence_length)`,
-            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, optionally `attention_mask`,
-            `labels`, `mm_token_type_ids`, `token_type_ids` and `segment_ids`. Other entries are passed through, except
-            `position_ids`, which is dropped.
-        vision_token_grids (sequence of `tuple[int, int]`):
-            The new (rows, columns) per image.
-        image_token_id (`int`):
-            The placeholder's id.
-        pad_token_id (`int`, *optional*):
-            The id that pads `input_ids`; 0 when there is none, since the mask hides it.
-
-    Returns:
-        `dict[str, torch.Tensor]`: New tensors; the caller's are left as they were.
-
-    Raises:
-        ValueError: If the runs of placeholders do not match the encoded grids.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from tokenflex import recount_vision_tokens
-
-    >>> inputs = {"input_ids": torch.tensor([[5, 9, 9, 9, 9, 6]]), "vision_token_grids": torch.tensor([[2, 2]])}
-    >>> recount_vision_tokens(inputs, [(1, 1)], image_token_id=9)["input_ids"]
-    tensor([[5, 9, 6]])
-    ```
-    """
-    input_ids = inputs["input_ids"]
-    batch_size, length = input_ids.shape
-    device = input_ids.device
-    attention_mask = inputs.get("attention_mask")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} cannot be re-counted: give one of the shape of "
-            f"`input_ids`, {tuple(input_ids.shape)}."
-        )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    first = first_placeholders(input_ids, inputs["vision_token_grids"].to(device).prod(-1), image_token_id)
-    new_counts = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
-    if len(first) != len(new_counts):
-        raise ValueError(f"{len(new_counts)} new counts are asked for, but the inputs hold {len(first)} images.")
-
-    # Every position is copied once, the first placeholder of an image as often as its new count, padding never.
-    copies = ((mask.cumsum(-1) > 0) & (mask.flip(-1).cumsum(-1).flip(-1) > 0)).long().flatten()
-    copies[(input_ids == image_token_id).flatten()] = 0
-    copies[first] = new_counts
-    row_lengths = copies.view(batch_size, length).sum(-1)
-    new_length = int(row_lengths.max())
-    pad_right = bool((mask[:, -1] == 0).any()) and bool((mask[:, 0] == 1).all())
-    source = torch.repeat_interleave(torch.arange(batch_size * length, device=device), copies)
-    row = source // length
-    row_starts = row_lengths.cumsum(0) - row_lengths
-    offset = torch.zeros_like(row_lengths) if pad_right else new_length - row_lengths
-    target = row * new_length + offset[row] + torch.arange(len(source), device=device) - row_starts[row]
-
-    def rewrite(tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        flat = tensor.new_full((batch_size * new_length,), fill)
-        flat[target] = tensor.reshape(-1)[source]
-        return flat.view(batch_size, new_length)
-
-    recounted = {key: value for key, value in inputs.items() if key != "position_ids"}
-    recounted["input_ids"] = rewrite(input_ids, 0 if pad_token_id is None else pad_token_id)
-    if attention_mask is None and new_length * batch_size != len(source):
-        recounted["attention_mask"] = mask
-    for key, fill in SEQUENCE_FILL_VALUES.items():
-        if recounted.get(key) is not None:
-            recounted[key] = rewrite(recounted[key], fill)
-    recounted["vision_token_grids"] = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2)
-    return recounted
-
-
-def count_tokens(vision_token_grids: Sequence[tuple[int, int]], device: torch.device) -> torch.LongTensor:
-    """The number of vision tokens of each grid, as a tensor of shape `(num_images,)`."""
-    return torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
+from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask_padding_of_answers
+from .placeholders_tokenflex import count_tokens, first_placeholders, recount_vision_tokens
 
 
 class TokenFlexGenerationMixin(GenerationMixin):
@@ -209,171 +50,279 @@ class TokenFlexGenerationMixin(GenerationMixin):
             ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
                 rewritten that cannot be: in a filled cache, or given as `inputs_embeds`.
         """
-        for config in (generation_config, self.generation_config):
-            if num_vision_tokens is None:
-                num_vision_tokens = getattr(config, "num_vision_tokens", None)
+        options = _Options(kwargs, generation_config, self.generation_config)
+        is_asked = num_vision_tokens is not None
+        if not is_asked:
+            num_vision_tokens = options.get("num_vision_tokens")
         if num_vision_tokens is not None and not isinstance(num_vision_tokens, list) and "image_sizes" not in kwargs:
             resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        num_images, _ = _count_images(kwargs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            has_images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
-            if num_vision_tokens is not None and has_images:
+            if num_vision_tokens is not None and num_images:
                 raise ValueError(
                     f"`num_vision_tokens`={num_vision_tokens} cannot be applied to `inputs_embeds`: pass `input_ids`, or "
                     "embed the prompt at that count."
                 )
             return super().generate(input_ids, generation_config, *args, **kwargs)
+        if kwargs.get("pixel_values") is not None and kwargs.get("mm_encoder_outputs"):
+            raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
+        if options.get("cache_implementation") == "paged":
+            self._refuse_images(input_ids, "`cache_implementation`='paged'")
 
-        prompt, encoded, grids = self._prepare_prompt(input_ids, num_vision_tokens, generation_config, kwargs)
+        attention_mask = self._infer_attention_mask(input_ids, kwargs, options)
+        cached = self._read_cache(input_ids, attention_mask, kwargs, options)
+        if cached is None:
+            prompt, encoded, grids = self._recount_prompt(input_ids, num_vision_tokens, kwargs, options)
+        else:
+            prompt, encoded, grids = self._continue_prompt(
+                cached, input_ids, attention_mask, num_vision_tokens, is_asked, kwargs, options
+            )
         rewritten = prompt.pop("input_ids")
         output = super().generate(rewritten, generation_config, *args, **prompt)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        copies = len(sequences) // len(input_ids)
         cache = prompt.get("past_key_values") if isinstance(output, torch.Tensor) else output.past_key_values
         if cache is not None:
-            cache.vision_token_grids = [list(zip(*row)) for row in zip(encoded, grids) for _ in range(copies)]
-        if grids == encoded:
+            mask = self._infer_attention_mask(rewritten, prompt, options)
+            self._note_cache(cache, sequences, mask, encoded, grids, options)
+        if rewritten is input_ids:
             return output
         answers = sequences[:, rewritten.shape[1] :]
-        sequences = torch.cat([input_ids.repeat_interleave(copies, dim=0).to(answers.device), answers], dim=-1)
+        callers = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0).to(answers.device)
+        sequences = torch.cat([callers, answers], dim=-1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
         return output
 
-    def _prepare_prompt(
+    def _recount_prompt(
         self,
         input_ids: torch.LongTensor,
         num_vision_tokens: int | tuple[int, int] | list | None,
-        generation_config: GenerationConfig | None,
         kwargs: dict,
+        options: "_Options",
     ) -> tuple[dict, list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
         """
-        Rewrites prompts to the counts they are generated at, and keeps the images that are not in the cache yet.
+        Rewrites prompts to the counts they are generated at.
 
         Returns:
-            `tuple`: The arguments of `generate`, and for each row of `input_ids` the grids of its images, as encoded
-            and as generated at.
+            `tuple`: The arguments of `generate`, and for each row the grids of its images, as encoded and as generated
+            at.
         """
-        cache = kwargs.get("past_key_values")
-        cached_length = int(cache.get_seq_length()) if cache is not None else 0
-        earlier = getattr(cache, "vision_token_grids", None) if cached_length else None
-        if earlier is not None and len(earlier) != len(input_ids):
-            earlier = None
-        # A cache that was filled elsewhere says nothing about its images: that part of the prompt is left as it is.
-        hidden_length = cached_length if earlier is None else 0
-        visible_ids = input_ids[:, hidden_length:]
-
-        encoded = self._encoded_grids(visible_ids, kwargs, earlier)
-        first = first_placeholders(visible_ids, count_tokens(encoded, input_ids.device), self.config.image_token_id)
-        rows = (first // max(1, visible_ids.shape[1])).tolist()
-        fixed = [grid for row, pairs in enumerate(earlier or []) for grid in _pad(pairs, rows.count(row))]
-        grids = encoded
-        if num_vision_tokens is not None and encoded:
-            options = {name: kwargs[name].tolist() for name in ("image_sizes", "num_tiles") if name in kwargs}
-            grids = resolve_vision_token_grids(num_vision_tokens, len(encoded), self.config.patch_grid, **options)
-            if hidden_length and grids != encoded:
-                raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens} would rewrite a prompt of which {cached_length} tokens are "
-                    "already in `past_key_values`: start with an empty cache."
-                )
-            if any(grid not in (None, wanted) for grid, wanted in zip(fixed, grids)):
-                raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached_length} tokens with "
-                    f"images at {[grid for grid in fixed if grid]}: leave the argument out, or start with an empty cache."
-                )
-        if earlier is not None:
-            grids = [grid or wanted for grid, wanted in zip(fixed, grids)]
-
+        num_images, _ = _count_images(kwargs)
+        encoded = self._encoded_grids(input_ids, kwargs)
+        _, rows = locate_images(input_ids, encoded, self.config.image_token_id)
+        grids = self._asked_grids(num_vision_tokens, encoded, kwargs)
+        if num_images != len(grids):
+            raise _mismatch(num_images, len(grids), len(grids))
         prompt = {**kwargs, "input_ids": input_ids}
         if grids != encoded:
-            pad_token_id = self._pad_token_id(generation_config)
-            if prompt.get("attention_mask") is None and pad_token_id is not None:
-                prompt["attention_mask"] = (input_ids != pad_token_id).long()
+            prompt["attention_mask"] = self._infer_attention_mask(input_ids, kwargs, options)
             prompt["vision_token_grids"] = torch.tensor(encoded)
-            prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, pad_token_id)
-        self._keep_uncached_images(prompt, grids, hidden_length, cached_length)
-        by_row = [[i for i, other in enumerate(rows) if other == row] for row in range(len(input_ids))]
+            prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, options.get("pad_token_id"))
+        self._pool_images(prompt, grids, list(range(num_images)))
+        return prompt, _by_row(encoded, rows, len(input_ids)), _by_row(grids, rows, len(input_ids))
+
+    def _continue_prompt(
+        self,
+        cached: CachedPrompt,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        num_vision_tokens: int | tuple[int, int] | list | None,
+        is_asked: bool,
+        kwargs: dict,
+        options: "_Options",
+    ) -> tuple[dict, list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
+        """
+        Puts the part of prompts that is not in the cache behind what is, as it lies there. Images in the cache keep their
+        counts; the others are generated at those asked for.
+
+        Returns:
+            As `_recount_prompt`.
+        """
+        token_id, batch_size = self.config.image_token_id, len(input_ids)
+        cached_length = cached.input_ids.shape[1]
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if options.get(name) is not None and not options.get("is_assistant"):
+                raise ValueError(
+                    f"`past_key_values` holds {cached_length} tokens, and transformers cannot draft behind a filled cache: "
+                    f"leave `{name}` out, or start with an empty cache."
+                )
+        encoded = self._encoded_grids(input_ids, kwargs, cached)
+        columns, rows = locate_images(input_ids, encoded, token_id)
+        starts = cached.find_end(input_ids, attention_mask, encoded, token_id)
+        is_new = columns >= torch.tensor(starts, device=columns.device)[rows]
+        new = is_new.nonzero().squeeze(-1).tolist()
+        in_cache = sum(cached.grids, [])
+        asked = self._asked_grids(num_vision_tokens, encoded, kwargs)
+        differing = [grid for i, grid in enumerate(asked) if not is_new[i]] != in_cache
+        if is_asked and num_vision_tokens is not None and differing:
+            raise ValueError(
+                f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached_length} tokens with images "
+                f"at {in_cache}, which are already encoded: leave the argument out, or start with an empty cache."
+            )
+        num_images, _ = _count_images(kwargs)
+        if num_images not in (len(encoded), len(new)):
+            raise _mismatch(num_images, len(encoded), len(new))
+
+        ids, mask = cut_tails(input_ids, attention_mask, starts, options.get("pad_token_id") or 0)
+        tail = {"input_ids": ids, "attention_mask": mask}
+        tail["vision_token_grids"] = torch.tensor([encoded[i] for i in new], dtype=torch.long).reshape(-1, 2)
+        tail = recount_vision_tokens(tail, [asked[i] for i in new], token_id, options.get("pad_token_id"))
+        prompt = {name: value for name, value in kwargs.items() if name not in ("position_ids", "mm_token_type_ids")}
+        prompt["input_ids"] = torch.cat([cached.input_ids, tail["input_ids"]], dim=-1)
+        prompt["attention_mask"] = torch.cat([cached.attention_mask, tail["attention_mask"]], dim=-1)
+        self._pool_images(prompt, [asked[i] for i in new], new if num_images == len(encoded) else range(len(new)))
+        new_encoded = _by_row([encoded[i] for i in new], rows[is_new], batch_size)
+        new_grids = _by_row([asked[i] for i in new], rows[is_new], batch_size)
         return (
             prompt,
-            [[encoded[i] for i in images] for images in by_row],
-            [[grids[i] for i in images] for images in by_row],
+            [old + more for old, more in zip(cached.encoded, new_encoded)],
+            [old + more for old, more in zip(cached.grids, new_grids)],
         )
 
+    def _read_cache(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, kwargs: dict, options: "_Options"
+    ) -> CachedPrompt | None:
+        """What the cache holds; `None` if it is empty or nobody's images are concerned."""
+        cache = kwargs.get("past_key_values")
+        length = int(cache.get_seq_length()) if cache is not None else 0
+        if length == 0:
+            return None
+        cached = getattr(cache, "cached_prompt", None)
+        has_images = cached is not None and any(cached.grids)
+        if not has_images and not (input_ids == self.config.image_token_id).any():
+            return None
+        if cached is not None and (length > cached.input_ids.shape[1] or len(input_ids) % len(cached.input_ids)):
+            cached = None
+        if cached is not None:
+            cached = cached.crop(length, self.config.image_token_id)
+            return cached.repeat(len(input_ids) // len(cached.input_ids))
+        # Filled elsewhere: the prompt must begin with what the cache holds, column by column.
+        if length >= input_ids.shape[1]:
+            raise ValueError(
+                f"`past_key_values` holds {length} tokens, but the prompt has only {input_ids.shape[1]}: pass the whole "
+                "conversation, with new tokens at its end."
+            )
+        grids = self._grids_in_prefix(input_ids, length, kwargs)
+        return CachedPrompt(input_ids[:, :length], attention_mask[:, :length], grids, grids)
+
+    def _grids_in_prefix(self, input_ids: torch.LongTensor, length: int, kwargs: dict) -> list[list[tuple[int, int]]]:
+        """The grids of the images in the first `length` columns, guessed from their runs if nobody says them."""
+        token_id = self.config.image_token_id
+        try:
+            encoded = self._encoded_grids(input_ids, kwargs)
+            columns, rows = locate_images(input_ids, encoded, token_id)
+        except ValueError:
+            guessed = []
+            for row in (input_ids[:, :length] == token_id).long():
+                edges = (
+                    torch.diff(row, prepend=row.new_zeros(1), append=row.new_zeros(1)).nonzero().squeeze(-1).tolist()
+                )
+                runs = [end - start for start, end in zip(edges[::2], edges[1::2])]
+                guessed.append([(math.isqrt(run),) * 2 if math.isqrt(run) ** 2 == run else (1, run) for run in runs])
+            return guessed
+        prefix = CachedPrompt(input_ids, input_ids, [], _by_row(encoded, rows, len(input_ids)))
+        prefix.encoded = prefix.grids
+        return prefix.crop(length, token_id).grids
+
     def _encoded_grids(
-        self, input_ids: torch.LongTensor, kwargs: dict, earlier: list[list[tuple]] | None
+        self, input_ids: torch.LongTensor, kwargs: dict, cached: CachedPrompt | None = None
     ) -> list[tuple[int, int]]:
-        """The grids that the prompts' images were encoded at, those of earlier turns included."""
+        """The grids that all images of the prompts were encoded at, those in the cache included."""
+        token_id = self.config.image_token_id
         num_images, image_outputs = _count_images(kwargs)
         given = kwargs.get("vision_token_grids")
-        if given is not None and (earlier is None or len(given) == num_images > 0):
-            given = self.model.resolve_grids(num_images, vision_token_grids=given)
-        elif given is not None:
-            given = self.model.resolve_grids(len(given), vision_token_grids=given)
+        if given is not None:
+            given = self.model.resolve_grids(len(given) if cached else num_images, vision_token_grids=given)
         candidates = [given, getattr(image_outputs, "vision_token_grids", None)]
-        if earlier is not None:
+        if cached is not None:
             new = next((grids for grids in candidates if grids is not None), [])
-            tokens_per_row = (input_ids == self.config.image_token_id).sum(-1).tolist()
-            candidates += [_extend(earlier, version, new, tokens_per_row) for version in (0, 1)]
+            tokens_per_row = (input_ids == token_id).sum(-1).tolist()
+            candidates += [_extend(grids, new, tokens_per_row) for grids in (cached.encoded, cached.grids)]
         for grids in candidates:
-            if grids is not None and self._fits(input_ids, grids):
+            if grids is not None and _fits(input_ids, grids, token_id):
                 return grids
-        if given is not None or num_images == 0:
-            return given or []
-        return self.model.resolve_grids(num_images, input_ids=input_ids)
+        if given is None and num_images:
+            return self.model.resolve_grids(num_images, input_ids=input_ids)
+        first_placeholders(input_ids, count_tokens(given or [], input_ids.device), token_id)
+        return []
 
-    def _fits(self, input_ids: torch.LongTensor, grids: list[tuple[int, int]]) -> bool:
-        try:
-            first_placeholders(input_ids, count_tokens(grids, input_ids.device), self.config.image_token_id)
-        except ValueError:
-            return False
-        return True
+    def _asked_grids(
+        self, num_vision_tokens: int | tuple[int, int] | list | None, encoded: list[tuple[int, int]], kwargs: dict
+    ) -> list[tuple[int, int]]:
+        if num_vision_tokens is None or not (encoded or isinstance(num_vision_tokens, list)):
+            return encoded
+        names = [name for name in ("image_sizes", "num_tiles") if kwargs.get(name) is not None]
+        sizes = {name: kwargs[name].tolist() for name in names}
+        return resolve_vision_token_grids(num_vision_tokens, len(encoded), self.config.patch_grid, **sizes)
 
-    def _keep_uncached_images(
-        self, prompt: dict, grids: list[tuple[int, int]], hidden_length: int, cached_length: int
-    ) -> None:
-        """Drops the images whose tokens are in the cache, and pools kept features to the grids."""
-        input_ids = prompt["input_ids"]
-        if cached_length >= input_ids.shape[1]:
-            raise ValueError(
-                f"`past_key_values` holds {cached_length} tokens, but the prompt has only {input_ids.shape[1]} at its "
-                "counts: pass the whole conversation, with new tokens at its end."
-            )
-        counts = count_tokens(grids, input_ids.device)
-        first = first_placeholders(input_ids[:, hidden_length:], counts, self.config.image_token_id)
-        start = first % (input_ids.shape[1] - hidden_length) + hidden_length
-        if ((start < cached_length) & (start + counts > cached_length)).any():
-            raise ValueError(
-                f"`past_key_values` ends after {cached_length} tokens, inside an image: crop it before or behind one."
-            )
-        new = (start >= cached_length).nonzero().squeeze(-1)
+    def _pool_images(self, prompt: dict, grids: list[tuple[int, int]], selected: list[int]) -> None:
+        """Leaves of the prompt's images, or of their kept features, the selected ones at their grids."""
         num_images, image_outputs = _count_images(prompt)
-        if num_images not in (len(grids), len(new)):
-            raise ValueError(
-                f"Image features and image tokens do not match: {num_images} images are given, but `input_ids` holds "
-                f"{len(grids)}, {len(new)} of them behind the {cached_length} tokens in `past_key_values`."
-            )
-        for name in ("image_sizes", "num_tiles", "vision_token_grids"):
+        for name in ("image_sizes", "num_tiles", "vision_token_grids", "mm_encoder_outputs"):
             prompt.pop(name, None)
         pixel_values = prompt.pop("pixel_values", None)
-        prompt.pop("mm_encoder_outputs", None)
-        if len(new) == 0:
+        if not grids:
             return
-        selected = new if num_images == len(grids) else torch.arange(len(new), device=new.device)
-        new_grids = [grids[i] for i in new.tolist()]
-        prompt["vision_token_grids"] = torch.tensor(new_grids)
-        if pixel_values is not None:
-            prompt["pixel_values"] = pixel_values if len(selected) == num_images else pixel_values[selected]
-            return
-        features = image_outputs.last_hidden_state
-        features = features if len(selected) == num_images else features[selected.to(features.device)]
-        prompt["mm_encoder_outputs"] = {"image": self.model.pool_image_features(features, new_grids)}
+        prompt["vision_token_grids"] = torch.tensor(grids)
+        images = pixel_values if image_outputs is None else image_outputs.last_hidden_state
+        images = images if len(selected) == num_images else images[list(selected)]
+        if image_outputs is None:
+            prompt["pixel_values"] = images
+        else:
+            prompt["mm_encoder_outputs"] = {"image": self.model.pool_image_features(images, grids)}
 
-    def _pad_token_id(self, generation_config: GenerationConfig | None) -> int | None:
-        for config in (generation_config, self.generation_config):
-            if getattr(config, "pad_token_id", None) is not None:
-                return config.pad_token_id
-        return None
+    def _note_cache(
+        self,
+        cache,
+        sequences: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        encoded: list[list[tuple[int, int]]],
+        grids: list[list[tuple[int, int]]],
+        options: "_Options",
+    ) -> None:
+        """Writes down in the cache what it holds, for the next turn."""
+        cache.cached_prompt = None
+        length, prompt_length = int(cache.get_seq_length()), attention_mask.shape[-1]
+        # Beams leave rows in the cache that are not those of the sequences.
+        if (options.get("num_beams") or 1) > 1 or not prompt_length <= length <= sequences.shape[1]:
+            return
+        copies = len(sequences) // len(grids)
+        ends = options.end_token_ids
+        pad_token_id = options.get("pad_token_id")
+        pad_token_id = ends[0] if pad_token_id is None and ends else pad_token_id
+        answers_mask = mask_padding_of_answers(sequences[:, prompt_length:], pad_token_id, ends)
+        mask = torch.cat([attention_mask.repeat_interleave(copies, dim=0).to(sequences.device), answers_mask], dim=-1)
+        cache.cached_prompt = CachedPrompt(sequences[:, :length], mask[:, :length], encoded, grids)
+        if copies > 1:
+            cache.cached_prompt.encoded = [row for row in encoded for _ in range(copies)]
+            cache.cached_prompt.grids = [row for row in grids for _ in range(copies)]
+
+    def _infer_attention_mask(
+        self, input_ids: torch.LongTensor, kwargs: dict, options: "_Options"
+    ) -> torch.LongTensor:
+        """The mask as transformers infers it where none is given."""
+        if kwargs.get("attention_mask") is not None:
+            return kwargs["attention_mask"]
+        pad_token_id = options.get("pad_token_id")
+        if pad_token_id is None or pad_token_id in options.end_token_ids:
+            return torch.ones_like(input_ids)
+        return (input_ids != pad_token_id).long()
+
+    def _refuse_images(self, input_ids: torch.LongTensor, where: str) -> None:
+        num_tokens = int((input_ids == self.config.image_token_id).sum())
+        if num_tokens:
+            raise ValueError(
+                f"{where} takes no images in transformers, but `input_ids` holds {num_tokens} image tokens: call "
+                "`generate` with another cache."
+            )
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """[`~transformers.GenerationMixin.generate_batch`] for prompts without images, all that transformers 5.23 takes."""
+        for input_ids in inputs:
+            self._refuse_images(torch.as_tensor(input_ids), "`generate_batch`")
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _get_logits_processor(self, *args, device=None, **kwargs):
         # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.
@@ -382,27 +331,59 @@ class TokenFlexGenerationMixin(GenerationMixin):
         return processors
 
 
+class _Options:
+    """What was said about generating: in arguments, else in the passed config, else in the model's own."""
+
+    def __init__(self, kwargs: dict, *configs: GenerationConfig | None):
+        self.kwargs, self.configs = kwargs, configs
+
+    def get(self, name: str):
+        said = (self.kwargs.get(name), *(getattr(config, name, None) for config in self.configs))
+        return next((value for value in said if value is not None), None)
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        ends = self.get("eos_token_id")
+        return [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+
+
+def _mismatch(num_images: int, num_in_prompt: int, num_new: int) -> ValueError:
+    behind = f", {num_new} of them behind what `past_key_values` holds" if num_new != num_in_prompt else ""
+    return ValueError(
+        f"Image features and image tokens do not match: {num_images} images are given, but `input_ids` holds "
+        f"{num_in_prompt}{behind}."
+    )
+
+
 def _count_images(kwargs: dict) -> tuple[int, BaseModelOutputWithPooling | None]:
     image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     images = kwargs.get("pixel_values") if image_outputs is None else image_outputs.last_hidden_state
     return 0 if images is None else len(images), image_outputs
 
 
-def _pad(pairs: list[tuple], length: int) -> list[tuple[int, int] | None]:
-    return [pairs[i][1] if i < len(pairs) else None for i in range(length)]
+def _fits(input_ids: torch.LongTensor, grids: list[tuple[int, int]], image_token_id: int) -> bool:
+    try:
+        first_placeholders(input_ids, count_tokens(grids, input_ids.device), image_token_id)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_row(items: list, rows: torch.LongTensor, batch_size: int) -> list[list]:
+    grouped = [[] for _ in range(batch_size)]
+    for item, row in zip(items, rows.tolist()):
+        grouped[row].append(item)
+    return grouped
 
 
 def _extend(
-    earlier: list[list[tuple]], version: int, new: list[tuple[int, int]], tokens_per_row: list[int]
+    known: list[list[tuple[int, int]]], new: list[tuple[int, int]], tokens_per_row: list[int]
 ) -> list[tuple[int, int]]:
-    """Each row's grids of earlier turns (as encoded: version 0, as generated at: 1), then new ones up to its tokens."""
+    """The known grids of each row, and then new ones up to the row's number of image tokens."""
     new, grids = iter(new), []
-    for pairs, tokens in zip(earlier, tokens_per_row):
-        row = [pair[version] for pair in pairs]
+    for row, tokens in zip(known, tokens_per_row):
+        row = list(row)
         while sum(rows * columns for rows, columns in row) < tokens and (grid := next(new, None)):
             row.append(grid)
         grids += row
     return grids
-
-
-__all__ = ["TokenFlexGenerationMixin", "recount_vision_tokens"]

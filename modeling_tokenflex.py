@@ -18,7 +18,8 @@ from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
-from .generation_tokenflex import TokenFlexGenerationMixin, infer_vision_token_grids
+from .generation_tokenflex import TokenFlexGenerationMixin
+from .placeholders_tokenflex import infer_vision_token_grids
 
 
 def pooling_weights(

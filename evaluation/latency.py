@@ -30,7 +30,11 @@ def time_to_first_token(
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     batches = {
         count: processor(
-            images=list(images), text=[prompt] * len(images), num_vision_tokens=count, return_tensors="pt"
+            images=list(images),
+            text=[prompt] * len(images),
+            num_vision_tokens=count,
+            add_special_tokens=False,
+            return_tensors="pt",
         ).to(model.device)
         for count in counts
     }

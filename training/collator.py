@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
-from ..generation_tokenflex import recount_vision_tokens
+from ..placeholders_tokenflex import recount_vision_tokens
 from .data import Example, to_example
 from .sampling import draw_num_vision_tokens
 
