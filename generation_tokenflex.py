@@ -142,12 +142,6 @@ class TokenFlexGenerationMixin(GenerationMixin):
         """
         token_id, batch_size = self.config.image_token_id, len(input_ids)
         cached_length = cached.input_ids.shape[1]
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if options.get(name) is not None and not options.get("is_assistant"):
-                raise ValueError(
-                    f"`past_key_values` holds {cached_length} tokens, and transformers cannot draft behind a filled cache: "
-                    f"leave `{name}` out, or start with an empty cache."
-                )
         encoded = self._encoded_grids(input_ids, kwargs, cached)
         columns, rows = locate_images(input_ids, encoded, token_id)
         starts = cached.find_end(input_ids, attention_mask, encoded, token_id)
@@ -193,7 +187,17 @@ class TokenFlexGenerationMixin(GenerationMixin):
         has_images = cached is not None and any(cached.grids)
         if not has_images and not (input_ids == self.config.image_token_id).any():
             return None
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass "
+                "the whole conversation, not only what `past_key_values` does not hold."
+            )
         if cached is not None and (length > cached.input_ids.shape[1] or len(input_ids) % len(cached.input_ids)):
+            if cached.encoded != cached.grids:
+                raise ValueError(
+                    f"`past_key_values` holds {length} tokens, of which `generate` noted {cached.input_ids.shape[1]} in "
+                    f"{len(cached.input_ids)} rows with re-counted images: crop it to these, or start with an empty cache."
+                )
             cached = None
         if cached is not None:
             cached = cached.crop(length, self.config.image_token_id)
@@ -285,10 +289,13 @@ class TokenFlexGenerationMixin(GenerationMixin):
         """Writes down in the cache what it holds, for the next turn."""
         cache.cached_prompt = None
         length, prompt_length = int(cache.get_seq_length()), attention_mask.shape[-1]
-        # Beams leave rows in the cache that are not those of the sequences.
-        if (options.get("num_beams") or 1) > 1 or not prompt_length <= length <= sequences.shape[1]:
+        if not prompt_length <= length <= sequences.shape[1]:
             return
         copies = len(sequences) // len(grids)
+        if (options.get("num_beams") or 1) > 1:
+            # Beams leave answers in the cache that are not those of the sequences: only the prompt is known.
+            cache.cached_prompt = CachedPrompt(sequences[::copies, :prompt_length], attention_mask, encoded, grids)
+            return
         ends = options.end_token_ids
         pad_token_id = options.get("pad_token_id")
         pad_token_id = ends[0] if pad_token_id is None and ends else pad_token_id
@@ -323,6 +330,15 @@ class TokenFlexGenerationMixin(GenerationMixin):
         for input_ids in inputs:
             self._refuse_images(torch.as_tensor(input_ids), "`generate_batch`")
         return super().generate_batch(inputs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"`past_key_values` holds {int(cache.get_seq_length())} tokens, and transformers cannot draft behind a "
+                "filled cache: leave `assistant_model` and `prompt_lookup_num_tokens` out, or start with an empty cache."
+            )
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def _get_logits_processor(self, *args, device=None, **kwargs):
         # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.

@@ -311,7 +311,16 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         Returns:
             [`TokenFlexImageOutput`]
+
+        Raises:
+            ValueError: If the features have another width than this model's tower.
         """
+        width = self.config.vision_config.hidden_size
+        if patch_features.shape[-1] != width:
+            raise ValueError(
+                f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes {width}: "
+                "keep features, and draft with an assistant, of a model with the same tower."
+            )
         return TokenFlexImageOutput(
             last_hidden_state=patch_features,
             pooler_output=self.multi_modal_projector(patch_features, grids),
