@@ -211,6 +211,12 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # What transformers does for custom code takes a module without parameters of its own as initialised, so that
+        # towers would miss the rules they have for whole layers. No class here has an `_init_weights` of its own.
+        return False
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
         """
         As in transformers, but a `quantization_config` that does not say what to leave as it is leaves the vision
@@ -280,8 +286,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if num_vision_tokens is None and vision_token_grids is None:
             num_vision_tokens = self.config.num_vision_tokens
         grids = self.resolve_grids(len(pixel_values), num_vision_tokens, vision_token_grids)
-        if self.config.vision_feature_layer != -1:
-            kwargs["output_hidden_states"] = True
+        if self.config.vision_feature_layer != -1 and not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = [self.config.vision_feature_layer]  # the others are not kept
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.last_hidden_state
         if self.config.vision_feature_layer != -1:
@@ -370,6 +376,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             )
         return grids
 
+    def _find_placeholders(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.BoolTensor:
+        if input_ids is not None:
+            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
@@ -385,11 +397,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         Raises:
             ValueError: If there are not as many placeholders as features.
         """
-        if input_ids is None:
-            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-        else:
-            mask = (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        mask = self._find_placeholders(input_ids, inputs_embeds)
         num_tokens = mask.sum()
         torch_compilable_check(
             num_tokens == image_features.shape[0],
@@ -449,9 +457,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if num_vision_tokens is None and vision_token_grids is None:
-                if input_ids is None:
-                    raise ValueError("With `inputs_embeds`, give `vision_token_grids` or `num_vision_tokens` as well.")
-                num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=input_ids)
+                placeholders = self._find_placeholders(input_ids, inputs_embeds)
+                seen_ids = torch.where(placeholders, self.config.image_token_id, -1)
+                num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=seen_ids)
             image_outputs = self.get_image_features(
                 pixel_values, num_vision_tokens, vision_token_grids, return_dict=True
             )

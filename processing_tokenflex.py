@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from transformers import GotOcr2ImageProcessorPil
+from transformers.audio_utils import AudioInput
+from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, get_image_size, make_flat_list_of_images
 from transformers.processing_utils import (
     ImagesKwargs,
@@ -14,7 +16,10 @@ from transformers.processing_utils import (
     ProcessingKwargs,
     ProcessorMixin,
     TextKwargs,
+    Unpack,
 )
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+from transformers.video_utils import VideoInput
 
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
 from .video_processing_tokenflex import TokenFlexVideosKwargs, VideosAsImagesMixin, one_each
@@ -82,10 +87,9 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
 class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: TokenFlexImagesKwargs
     videos_kwargs: TokenFlexVideosKwargs
-    _defaults = {"text_kwargs": {"padding": False, "padding_side": "left"}}
 
 
-class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
+class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
     r"""
     Combines an image processor and a tokenizer; expands each image placeholder of the text to the chosen number of
     vision tokens. Frames of videos are images, in the place where the text has the video's placeholder `<|video_pad|>`.
@@ -135,6 +139,7 @@ class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
     """
 
     valid_processor_kwargs = TokenFlexProcessorKwargs
+    text_kwargs = {"padding_side": "left"}
 
     def __init__(
         self,
@@ -209,7 +214,10 @@ class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
     def model_input_names(self):
         # The Trainer's length sampling and batch-size search take the first name.
         names = self.tokenizer.model_input_names + self.image_processor.model_input_names
-        return list(dict.fromkeys([*names, "vision_token_grids", "image_sizes", "num_tiles"]))
+        names += ["vision_token_grids"]
+        names += ["image_sizes"] if self.match_aspect_ratio else []
+        names += ["num_tiles"] if self.crop_to_patches else []
+        return list(dict.fromkeys(names))
 
     @property
     def unused_input_names(self):
@@ -316,7 +324,14 @@ class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
         crop_to_patches = self.crop_to_patches if crop_to_patches is None else crop_to_patches
         return one_each("crop_to_patches", crop_to_patches, num_images, "images")
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        **kwargs: Unpack[TokenFlexProcessorKwargs],
+    ) -> BatchFeature:
         """
         Args:
             images (`ImageInput`, *optional*):
@@ -380,8 +395,8 @@ class TokenFlexProcessor(VideosAsImagesMixin, ProcessorMixin):
         num_images = 0 if images is None else len(make_flat_list_of_images(images))
         if sum(found) != num_images:
             raise ValueError(
-                f"`text` has {sum(found)} image placeholders ({self.image_token}, per prompt: {found}), but `images` "
-                f"holds {num_images} images: give one placeholder per image."
+                f"The total number of {self.image_token} tokens in the prompts should be the same as the number of "
+                f"images passed: `text` has {sum(found)} (per prompt: {found}), `images` holds {num_images}."
             )
         if given != found:
             raise ValueError(

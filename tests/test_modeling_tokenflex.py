@@ -83,6 +83,7 @@ def test_the_count_can_be_told_or_inferred(tiny):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     inputs.pop("input_ids")
     assert torch.equal(model(**inputs, inputs_embeds=embeds, vision_token_grids=grids).logits, expected)
+    assert torch.equal(model(**inputs, inputs_embeds=embeds).logits, expected)
 
 
 def test_encoded_images_stand_in_for_pixels(tiny):
@@ -115,6 +116,17 @@ def test_hidden_states_and_last_logits(tiny):
     output = model(**inputs, output_hidden_states=True)
     assert len(output.hidden_states) == 1 + model.config.text_config.num_hidden_layers
     torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, output.logits[:, -1:])
+
+
+def test_missing_weights_are_initialised_as_new_ones_are(tiny):
+    config = tiny[0].config
+    torch.manual_seed(0)
+    new = TokenFlexForConditionalGeneration(config).state_dict()
+    torch.manual_seed(0)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(None, config=config, state_dict={}).state_dict()
+    for name, weight in new.items():
+        mean, other = weight.std().nan_to_num(), loaded[name].std().nan_to_num()
+        torch.testing.assert_close(other, mean, rtol=0.2, atol=1e-3, msg=name)
 
 
 def test_another_layer_of_the_tower_can_feed_the_projector():
