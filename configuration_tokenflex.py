@@ -262,7 +262,7 @@ class TokenFlexConfig(PreTrainedConfig):
         vision_token_weights (`list[float]`, *optional*, defaults to `[0.2, 0.3, 0.5]`):
             One weight per choice; they are normalised when drawing.
         vision_feature_layer (`int`, *optional*, defaults to -1):
-            The tower's hidden state that feeds the projector; -1 is the tower's normalised output.
+            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalise.
         num_prefix_tokens (`int`, *optional*):
             How many class tokens and registers the tower's output holds before its patches; they are dropped. Known
             for SigLIP, CLIP, DINOv2, DINOv3, InternViT and ViT; must be given for other towers.

@@ -69,7 +69,7 @@ def build_from_towers(
         vision_token_weights (`list[float]`, *optional*):
             One weight per choice; given together with the choices.
         vision_feature_layer (`int`, *optional*, defaults to -1):
-            The tower's hidden state that feeds the projector; -1 is the tower's normalised output.
+            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalise.
         num_prefix_tokens (`int`, *optional*):
             How many class tokens and registers stand before the patches. Known for the towers named above; must be
             given for others.
