@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ..training.collator import place_images
 from ..training.data import Example, to_example
 from .metrics import exact_match, normalise
 
@@ -93,10 +94,18 @@ def predict(
         inputs = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         inputs = dict(inputs.to(model.device))
         if images:
-            pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
-            features = model.get_image_features(pixel_values, num_vision_tokens=1)
-            features.last_hidden_state = features.last_hidden_state[used]
-            inputs["vision_token_grids"] = torch.ones(len(used), 2, dtype=torch.long, device=model.device)
+            processed = processor(images=images, return_tensors="pt")
+            features = model.get_image_features(processed["pixel_values"].to(model.device), num_vision_tokens=1)
+            # Every question has its image's tiles.
+            tiles = processed.get("num_tiles", torch.ones(len(images), dtype=torch.long))
+            of_image = torch.arange(int(tiles.sum())).split(tiles.tolist())
+            rows = torch.cat([of_image[image] for image in used])
+            asked = {name: processed[name][rows] for name in ("pixel_values", "image_sizes") if name in processed}
+            if "num_tiles" in processed:
+                asked["num_tiles"] = tiles[used]
+            inputs = place_images(inputs, asked, processor)
+            features.last_hidden_state = features.last_hidden_state[rows]
+            del inputs["pixel_values"]
             inputs["mm_encoder_outputs"] = {"image": features}
         for count in counts:
             output = model.generate(**inputs, num_vision_tokens=count, max_new_tokens=max_new_tokens, do_sample=False)

@@ -6,7 +6,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
+from ..configuration_tokenflex import (
+    check_vision_token_weights,
+    resolve_vision_token_grid,
+    resolve_vision_token_grids,
+)
 from ..placeholders_tokenflex import recount_vision_tokens
 from .data import Example, to_example
 from .sampling import draw_num_vision_tokens
@@ -85,8 +89,9 @@ class TokenFlexDataCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` and `segment_ids` of shape
-            `(batch_size, sequence_length)`, `pixel_values` of shape `(num_images, num_channels, height, width)` and
-            `vision_token_grids` of shape `(num_images, 2)`.
+            `(batch_size, sequence_length)`, `pixel_values` of shape `(num_tiles, num_channels, height, width)` and
+            `vision_token_grids` of shape `(num_tiles, 2)`, where an uncut image is one tile; `image_sizes` and
+            `num_tiles` as the processor returns them.
         """
         if self.vision_token_choices is None:
             raise ValueError(
@@ -98,16 +103,17 @@ class TokenFlexDataCollator:
         images = [image for example in examples for image in example.images]
         if not images:
             return batch
-        batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        batch["vision_token_grids"] = torch.ones(len(images), 2, dtype=torch.long)
+        batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
         count = max(self.vision_token_choices) if self.follows_trainer else self._draw_alone()
         return self.recount(batch, count)
 
     def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int) -> dict[str, torch.Tensor]:
         """The batch with every image at `num_vision_tokens`."""
         processor = self.processor
-        grid = resolve_vision_token_grid(num_vision_tokens, processor.patch_grid)
-        grids = [grid] * len(batch["vision_token_grids"])
+        sizes = batch.get("image_sizes")
+        sizes = None if sizes is None else sizes.tolist()
+        num_tiles = len(batch["vision_token_grids"])
+        grids = resolve_vision_token_grids(num_vision_tokens, num_tiles, processor.patch_grid, image_sizes=sizes)
         return recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
 
     def _draw_alone(self) -> int:
@@ -191,6 +197,30 @@ class TokenFlexDataCollator:
             "labels": padded(1, -100),
             "segment_ids": segment_ids,
         }
+
+
+def place_images(
+    batch: dict[str, torch.Tensor], processed_images: dict[str, torch.Tensor], processor
+) -> dict[str, torch.Tensor]:
+    """
+    Joins prompts that hold one placeholder per image with the processed images; every tile gets one vision token, to be
+    re-counted.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): Tensors that run along the sequence.
+        processed_images (`dict[str, torch.Tensor]`): What the processor makes of the images alone.
+        processor ([`TokenFlexProcessor`]): The processor.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Both, with a placeholder and a grid of (1, 1) for each tile.
+    """
+    num_tiles = processed_images.get("num_tiles")
+    if num_tiles is not None:
+        batch = {**batch, "vision_token_grids": torch.ones(len(num_tiles), 2, dtype=torch.long)}
+        grids = [(1, tiles) for tiles in num_tiles.tolist()]
+        batch = recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
+    grids = torch.ones(len(processed_images["pixel_values"]), 2, dtype=torch.long)
+    return {**batch, **processed_images, "vision_token_grids": grids}
 
 
 class VisionTokenCallback(TrainerCallback):

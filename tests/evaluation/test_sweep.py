@@ -1,3 +1,4 @@
+import copy
 import io
 
 import pyarrow
@@ -177,3 +178,18 @@ def test_odd_images_are_answered(tiny):
         for mode, size in (("L", (1, 200)), ("CMYK", (9, 9)), ("I;16", (5, 7)), ("P", (3, 3)), ("RGBA", (64, 1)))
     ]
     assert len(predict_quietly(tiny, rows, [4, 36])) == len(rows)
+
+
+@pytest.mark.parametrize("options", [{"match_aspect_ratio": True}, {"crop_to_patches": True, "max_patches": 2}])
+def test_shaped_grids_and_tiles_are_answered_as_the_processor_encodes_them(tiny, options):
+    model, processor = tiny[0], copy.copy(tiny[1])
+    for name, value in options.items():
+        setattr(processor, name, value)
+    images = [Image.linear_gradient("L").resize(size) for size in ((128, 64), (64, 64), (64, 120))]
+    rows = [{"image": image, "questions": ["which color?", "how many?"], "answers": ["red", "2"]} for image in images]
+    asked = iter(predict_quietly((model, processor), rows, COUNTS))
+    for row in rows:
+        for question in row["questions"]:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            expected = {n: plain_answer((model, processor), row["image"], content, n) for n in COUNTS}
+            assert next(asked).predictions == expected

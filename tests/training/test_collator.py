@@ -469,3 +469,28 @@ def test_loss_does_not_depend_on_how_a_step_is_split(narrow, tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[2] == pytest.approx(losses[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("options", [{"match_aspect_ratio": True}, {"crop_to_patches": True, "max_patches": 2}])
+def test_shaped_grids_and_tiles_are_those_of_the_processor(narrow, options):
+    model, processor = narrow[0], copy.copy(narrow[1])
+    for name, value in options.items():
+        setattr(processor, name, value)
+    images = [Image.linear_gradient("L").resize(size) for size in ((128, 64), (64, 64), (64, 120))]
+    rows = [{"images": images[:2], "question": "which color?", "answer": "red"}]
+    rows.append({"image": images[2], "questions": ["which color?", "how many?"], "answers": ["red", "three"]})
+    messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "which color?"}]}]
+    for count in (4, 16):
+        batch = at(processor, count)(rows)
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        expected = processor(images=images[:2], text=prompt, num_vision_tokens=count, return_tensors="pt")
+        length = expected["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][0, :length], expected["input_ids"][0])
+        tiles = len(expected["pixel_values"])
+        for name in ("pixel_values", "vision_token_grids"):
+            assert torch.equal(batch[name][:tiles], expected[name])
+        assert (batch["vision_token_grids"] != int(count**0.5)).any() == ("match_aspect_ratio" in options)
+        with torch.no_grad():
+            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+            alone = model(**expected).logits
+        torch.testing.assert_close(logits[0, :length], alone[0], atol=1e-4, rtol=0)
