@@ -11,6 +11,9 @@ from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask
 from .placeholders_tokenflex import count_tokens, first_placeholders, recount_vision_tokens
 
 
+_PER_IMAGE = ("image_sizes", "num_tiles")
+
+
 class TokenFlexGenerationMixin(GenerationMixin):
     """`generate` at a chosen number of vision tokens."""
 
@@ -31,8 +34,8 @@ class TokenFlexGenerationMixin(GenerationMixin):
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The prompts, as `input_ids`.
             generation_config (`GenerationConfig`, *optional*):
-                As in transformers. An entry `num_vision_tokens` in it is used when the argument is not given, and one
-                in the model's own generation config when neither is.
+                As in transformers. An entry `num_vision_tokens` in it, a count or a grid for all images, is used when
+                the argument is not given, and one in the model's own generation config when neither is.
             num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
                 A count n*n or grid (rows, columns) for all images, or a list with one per image in order of
                 appearance (an image's tiles share its entry; a video's frames are images). Where the inputs carry
@@ -54,7 +57,9 @@ class TokenFlexGenerationMixin(GenerationMixin):
         is_asked = num_vision_tokens is not None
         if not is_asked:
             num_vision_tokens = options.get("num_vision_tokens")
-        if num_vision_tokens is not None and not isinstance(num_vision_tokens, list) and "image_sizes" not in kwargs:
+            if isinstance(num_vision_tokens, list):  # JSON has no tuples: how a saved config holds (rows, columns)
+                num_vision_tokens = tuple(num_vision_tokens)
+        elif not isinstance(num_vision_tokens, list) and kwargs.get("image_sizes") is None:
             resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         num_images, _ = _count_images(kwargs)
@@ -148,14 +153,22 @@ class TokenFlexGenerationMixin(GenerationMixin):
         is_new = columns >= torch.tensor(starts, device=columns.device)[rows]
         new = is_new.nonzero().squeeze(-1).tolist()
         in_cache = sum(cached.grids, [])
-        asked = self._asked_grids(num_vision_tokens, encoded, kwargs)
+        num_images, _ = _count_images(kwargs)
+        if not is_asked and not new:
+            asked = encoded
+        elif num_images == len(new) != len(encoded) and any(kwargs.get(n) is not None for n in _PER_IMAGE):
+            # Shapes and tiles are known of the new images alone; those in the cache stay as they are.
+            held, more = iter(in_cache), iter(self._asked_grids(num_vision_tokens, [encoded[i] for i in new], kwargs))
+            asked = [next(more if is_one else held) for is_one in is_new.tolist()]
+        else:
+            asked = self._asked_grids(num_vision_tokens, encoded, kwargs)
         differing = [grid for i, grid in enumerate(asked) if not is_new[i]] != in_cache
         if is_asked and num_vision_tokens is not None and differing:
             raise ValueError(
                 f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached_length} tokens with images "
-                f"at {in_cache}, which are already encoded: leave the argument out, or start with an empty cache."
+                f"at {in_cache}, which are already encoded: leave the argument out, give a list in which these keep their "
+                "counts, or start with an empty cache."
             )
-        num_images, _ = _count_images(kwargs)
         if num_images not in (len(encoded), len(new)):
             raise _mismatch(num_images, len(encoded), len(new))
 
@@ -257,8 +270,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
     ) -> list[tuple[int, int]]:
         if num_vision_tokens is None or not (encoded or isinstance(num_vision_tokens, list)):
             return encoded
-        names = [name for name in ("image_sizes", "num_tiles") if kwargs.get(name) is not None]
-        sizes = {name: kwargs[name].tolist() for name in names}
+        sizes = {name: torch.as_tensor(kwargs[name]).tolist() for name in _PER_IMAGE if kwargs.get(name) is not None}
         return resolve_vision_token_grids(num_vision_tokens, len(encoded), self.config.patch_grid, **sizes)
 
     def _pool_images(self, prompt: dict, grids: list[tuple[int, int]], selected: list[int]) -> None:

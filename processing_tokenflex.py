@@ -22,7 +22,13 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_utils import VideoInput
 
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
-from .video_processing_tokenflex import TokenFlexVideosKwargs, VideosAsImagesMixin, one_each
+from .video_processing_tokenflex import (
+    TokenFlexVideosKwargs,
+    VideosAsImagesMixin,
+    join_replacements,
+    list_videos,
+    one_each,
+)
 
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -35,9 +41,9 @@ CONTENT_TEMPLATE = """
 {%- if message.content is defined and message.content is not none and message.content is not string -%}
 {%- set content = namespace(text='') -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
+{%- if part.type == 'image' or part.image | default(none) is not none or part.image_url | default(none) is not none -%}
 {%- set content.text = content.text + 'IMAGE' -%}
-{%- elif part.type == 'video' or 'video' in part -%}
+{%- elif part.type == 'video' or part.video | default(none) is not none -%}
 {%- set content.text = content.text + 'VIDEO' -%}
 {%- elif 'text' in part -%}
 {%- set content.text = content.text + part.text -%}
@@ -156,7 +162,7 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
     ):
         # Options given to `AutoProcessor.from_pretrained` also reach the tokenizer, whose saved arguments would
         # override this processor's defaults from then on.
-        for name in ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches"):
+        for name in ("num_vision_tokens_per_frame", *_OPTIONS):
             tokenizer.init_kwargs.pop(name, None)
         self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -179,6 +185,11 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
             chat_template = own if own and self.image_token in own else to_text + (own or CHATML_TEMPLATE)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         tokenizer.padding_side = "left"
+        # JSON has no tuples: a saved (rows, columns) comes back as a list.
+        if isinstance(num_vision_tokens, list):
+            num_vision_tokens = tuple(num_vision_tokens)
+        if isinstance(num_vision_tokens_per_frame, list):
+            num_vision_tokens_per_frame = tuple(num_vision_tokens_per_frame)
         self.patch_size = patch_size
         self.num_vision_tokens = num_vision_tokens
         self.num_vision_tokens_per_frame = num_vision_tokens_per_frame
@@ -344,8 +355,9 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
             kwargs:
                 `num_vision_tokens`, `match_aspect_ratio`, `crop_to_patches`, `min_patches` and `max_patches` (see
                 [`TokenFlexImagesKwargs`]); `num_frames`, `fps`, `do_sample_frames`, `video_metadata` and
-                `return_metadata`; all else of the image processor and the tokenizer. `num_vision_tokens` holds for
-                images and frames; inside `images_kwargs` or `videos_kwargs` for these alone.
+                `return_metadata`; all else of the image processor and the tokenizer. One `num_vision_tokens` holds for
+                images and frames, a list for images alone; inside `images_kwargs` or `videos_kwargs` it holds for
+                these alone, and a list in the latter has one entry per video.
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids`, `attention_mask`; `pixel_values` of shape `(num_tiles,
@@ -356,10 +368,13 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
         Raises:
             ValueError: If placeholders do not match images and videos, or an argument is not allowed.
         """
-        if videos is None:
+        if videos is None or not list_videos(videos):
             return super().__call__(images=images, text=text, audio=audio, **kwargs)
-        images, text, metadata, kwargs = self._videos_to_images(images, text, videos, kwargs)
+        images, text, spans, metadata, kwargs = self._videos_to_images(images, text, videos, kwargs)
         outputs = super().__call__(images=images, text=text, audio=audio, **kwargs)
+        if "text_replacement_offsets" in outputs:
+            offsets = outputs["text_replacement_offsets"]
+            outputs["text_replacement_offsets"] = [join_replacements(*pair) for pair in zip(spans, offsets)]
         if metadata is not None:
             outputs["video_metadata"] = metadata
         return outputs

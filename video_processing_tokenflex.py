@@ -170,9 +170,10 @@ class VideosAsImagesMixin:
         if images is not None:
             images = self.image_processor.fetch_images(images)
         flat_images = [] if images is None else list(make_flat_list_of_images(images))
-        kinds = ["image"] * len(flat_images) + ["video"] * len(videos)
+        kinds, spans = ["image"] * len(flat_images) + ["video"] * len(videos), []
         if text is not None:
-            text, kinds = self._place_frames(images, text, videos)
+            text, spans = self._place_frames(images, text, videos)
+            kinds = [span["type"] for row in spans for span in row]
 
         images_kwargs = dict(kwargs.pop("images_kwargs", None) or {})
         count = kwargs.pop("num_vision_tokens", None)
@@ -181,10 +182,14 @@ class VideosAsImagesMixin:
                 f"`num_vision_tokens`={count} is given beside one in `images_kwargs` or `videos_kwargs`: give it once."
             )
         if frame_count is None:
-            default = self.num_vision_tokens_per_frame or max(1, math.isqrt(self.num_vision_tokens // 4)) ** 2
+            own = self.num_vision_tokens
+            own = math.prod(own) if isinstance(own, tuple) else own
+            default = self.num_vision_tokens_per_frame or max(1, math.isqrt(own // 4)) ** 2
             frame_count = default if count is None or isinstance(count, list) else count
         count = images_kwargs.get("num_vision_tokens") if count is None else count
         count = self.num_vision_tokens if count is None else count
+        if "crop_to_patches" in images_kwargs and "crop_to_patches" in kwargs:
+            raise ValueError("`crop_to_patches` is given beside one in `images_kwargs`: give it once.")
         crop = images_kwargs.get("crop_to_patches", kwargs.pop("crop_to_patches", None))
         crops = one_each("crop_to_patches", self.crop_to_patches if crop is None else crop, len(flat_images), "images")
         own_images = zip(flat_images, one_each("num_vision_tokens", count, len(flat_images), "images"), crops)
@@ -198,10 +203,10 @@ class VideosAsImagesMixin:
                 rows += [(frame, count, False) for frame in frames]
         merged, counts, crops = (list(column) for column in zip(*rows))
         kwargs["images_kwargs"] = {**images_kwargs, "num_vision_tokens": counts, "crop_to_patches": crops}
-        return merged, text, [own for _, own in sampled] if return_metadata else None, kwargs
+        return merged, text, spans, [own for _, own in sampled] if return_metadata else None, kwargs
 
-    def _place_frames(self, images, text: str | list[str], videos: list[list]) -> tuple[list[str], list[str]]:
-        """The prompts with an image placeholder for each frame, and the kinds of placeholders in order of appearance."""
+    def _place_frames(self, images, text: str | list[str], videos: list[list]) -> tuple[list[str], list[list[dict]]]:
+        """The prompts with an image placeholder for each frame, and what was replaced in each."""
         text = [text] if isinstance(text, str) else list(text)
         texts = ["".join(f"Frame{i + 1}: {self.image_placeholder}\n" for i in range(len(video))) for video in videos]
         spare = [""] * sum(sample.count(self.video_token) for sample in text)
@@ -215,4 +220,20 @@ class VideosAsImagesMixin:
                 "give one placeholder per video."
             )
         self._check_images(images, [row.count("image") for row in kinds])
-        return text, [kind for row in kinds for kind in row]
+        return text, spans
+
+
+def join_replacements(first: list[dict], then: list[dict]) -> list[dict]:
+    """What two rounds of replacements in one prompt, as `get_text_with_replacements` returns them, replace together."""
+
+    def shift(char: int) -> int:
+        return char + sum(len(part["replacement"]) - len(part["text"]) for part in then if part["span"][1] <= char)
+
+    joined = []
+    for span in first:
+        (start, end), text = span["new_span"], span["replacement"]
+        for part in reversed(then):
+            if start <= part["span"][0] and part["span"][1] <= end:
+                text = text[: part["span"][0] - start] + part["replacement"] + text[part["span"][1] - start :]
+        joined.append({**span, "new_span": (shift(start), shift(end)), "replacement": text})
+    return joined

@@ -995,3 +995,46 @@ def test_continuous_batching_refuses_images(tiny):
             model.generate(**inputs, **kwargs, cache_implementation="paged", max_new_tokens=2)
     with pytest.raises(ValueError, match="no images.*36 image tokens"):
         model.generate_batch(inputs["input_ids"].tolist(), max_new_tokens=2)
+
+
+# Counts in saved configs, and shapes
+
+
+def test_a_grid_in_a_config_means_the_same_once_saved(tiny, tmp_path):
+    model, processor = tiny
+    config = GenerationConfig(num_vision_tokens=(2, 5), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    config.save_pretrained(tmp_path)
+    inputs = encode(processor, [2])
+    expected = model.generate(**inputs, num_vision_tokens=(2, 5), max_new_tokens=3, do_sample=False)
+    for stored in (config, GenerationConfig.from_pretrained(tmp_path)):
+        assert torch.equal(model.generate(**inputs, generation_config=stored), expected)
+
+
+def test_a_stored_count_for_shapes_leaves_prompts_without_images_alone(small):
+    model, processor = copy.deepcopy(small[0]), small[1]
+    model.generation_config.num_vision_tokens = 8
+    text = encode(processor, [0])
+    assert torch.equal(model.generate(**text, max_new_tokens=3), small[0].generate(**text, max_new_tokens=3))
+    with pytest.raises(ValueError, match="`num_vision_tokens`=8"):
+        model.generate(**encode(processor, [1]), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("options", [{"match_aspect_ratio": True}, {"crop_to_patches": True, "max_patches": 2}])
+def test_new_shapes_and_tiles_come_into_a_conversation(tiny, options):
+    model, processor = tiny
+    images = [IMAGES[0].resize((120, 60)), IMAGES[1].resize((60, 120))]
+    texts, options = ("<|image_pad|> hi", "and <|image_pad|> now?"), {**options, "return_tensors": "pt"}
+    first, second = (processor(images=image, text=text, **options) for image, text in zip(images, texts))
+    cache = DynamicCache()
+    answers, _ = answer(model, first, num_vision_tokens=4, past_key_values=cache)
+    later = {name: value for name, value in second.items() if name != "attention_mask"}
+    later["input_ids"] = torch.cat([first["input_ids"], answers, second["input_ids"]], dim=-1)
+    whole = {
+        name: torch.cat([first[name], second[name]]) for name in second if name not in ("input_ids", "attention_mask")
+    }
+    whole["input_ids"] = later["input_ids"]
+    expected = answer(model, whole, num_vision_tokens=4)
+    for count in (4, [4]):
+        assert_same(answer(model, later, num_vision_tokens=count, past_key_values=copy.deepcopy(cache)), expected)
+    as_lists = {name: whole[name].tolist() for name in ("image_sizes", "num_tiles") if name in whole}
+    assert_same(answer(model, {**whole, **as_lists}, num_vision_tokens=4), expected)

@@ -369,3 +369,23 @@ def test_without_marks_an_image_is_its_token_alone(tiny):
     own = TokenFlexProcessor(processor.image_processor, tokenizer, 36, processor.patch_size)
     assert own.image_placeholder == "<|image_pad|>"
     assert "user\n<|image_pad|>which" in own.apply_chat_template(MESSAGES)
+
+
+def test_a_grid_can_be_the_default_and_survives_saving(tiny, tmp_path):
+    processor = tiny[1]
+    own = TokenFlexProcessor(
+        processor.image_processor, processor.tokenizer, (4, 5), 8, num_vision_tokens_per_frame=(2, 3)
+    )
+    own.save_pretrained(tmp_path)
+    for loaded in (own, TokenFlexProcessor.from_pretrained(tmp_path)):
+        output = loaded(images=[IMAGE, IMAGE], videos=[IMAGE], text=TEXT + TEXT + "<|video_pad|>")
+        assert output["vision_token_grids"] == [[4, 5], [4, 5], [2, 3]]
+    again = TokenFlexProcessor.from_pretrained(tmp_path, num_vision_tokens_per_frame=4)
+    assert "num_vision_tokens_per_frame" not in again.tokenizer.init_kwargs
+
+
+def test_parts_of_messages_may_hold_empty_columns(tiny):
+    part = {"type": "text", "text": "which color?", "image": None, "video": None, "image_url": None}
+    assert tiny[1].apply_chat_template([{"role": "user", "content": [part]}]) == tiny[1].apply_chat_template(
+        [{"role": "user", "content": "which color?"}]
+    )

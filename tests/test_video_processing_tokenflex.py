@@ -197,3 +197,44 @@ def test_a_file_needs_a_decoder(tiny, monkeypatch):
         monkeypatch.setattr(f"tokenflex.video_processing_tokenflex.is_{name}_available", lambda: False)
     with pytest.raises(ImportError, match="no video decoder is installed: install one .*, or pass the frames"):
         process(tiny[1], "clip.mp4")
+
+
+def test_no_videos_are_no_videos(tiny):
+    assert tiny[1](videos=[], text="a")["input_ids"] == tiny[1](text="a")["input_ids"]
+
+
+def test_tiling_said_twice_is_refused(tiny):
+    with pytest.raises(ValueError, match="`crop_to_patches` is given beside one in `images_kwargs`"):
+        process(tiny[1], FRAMES, crop_to_patches=False, images_kwargs={"crop_to_patches": True})
+
+
+def test_masks_and_offsets_are_those_of_the_expanded_prompt(tiny):
+    processor = tiny[1]
+    template = (
+        "{%- for m in messages -%}[{{ m.role }}]{%- for part in m.content -%}{%- if part.type == 'video' -%}<|video_pad|>"
+        "{%- elif part.type == 'image' -%}<|image_pad|>{%- elif m.role == 'assistant' -%}{% generation %}{{ part.text }}"
+        "{% endgeneration %}{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{% endfor -%}"
+    )
+    question = [
+        {"type": "image", "image": IMAGES[4]},
+        {"type": "video", "video": FRAMES},
+        {"type": "text", "text": "?"},
+    ]
+    answer = [{"type": "text", "text": "it is purple"}]
+    output = processor.apply_chat_template(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    mask = torch.as_tensor(output["assistant_masks"])[0].bool()
+    assert processor.decode(output["input_ids"][0][mask]) == "it is purple"
+    offsets = process(processor, FRAMES, return_text_replacement_offsets=True)["text_replacement_offsets"][0]
+    assert [span["type"] for span in offsets] == ["image", "video", "image"]
+    text = processor.decode(process(processor, FRAMES)["input_ids"][0])
+    for span in offsets:
+        start, end = span["new_span"]
+        assert text[start:end] == span["replacement"]
+        assert TEXT[slice(*span["span"])] == span["text"]
