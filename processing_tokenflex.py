@@ -106,14 +106,14 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The language model's tokenizer, with the image token `<|image_pad|>` (or its own `image_token`) in its
             vocabulary.
-        num_vision_tokens (`int`, *optional*, defaults to 256):
+        num_vision_tokens (`int` or `tuple[int, int]`, *optional*, defaults to 256):
             The vision-token count per image (or tile) when none is asked for.
         patch_size (`int`, *optional*, defaults to 14):
             The tower's patch size in pixels.
         chat_template (`str`, *optional*):
             A Jinja template. Defaults to the tokenizer's own, which learns to take images and videos if it does not
             know them, else to ChatML.
-        num_vision_tokens_per_frame (`int`, *optional*):
+        num_vision_tokens_per_frame (`int` or `tuple[int, int]`, *optional*):
             The vision-token count per frame of a video when none is asked for. Defaults to the largest square that is
             at most a quarter of `num_vision_tokens`.
         match_aspect_ratio (`bool`, *optional*, defaults to `False`):
@@ -442,10 +442,11 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
         kwargs = {name: value for name, value in kwargs.items() if name != "return_tensors"}
         limits = {name: options[name] for name in ("min_patches", "max_patches") if options[name] is not None}
         limits = {"min_patches": self.min_patches, "max_patches": self.max_patches, **limits}
+        tiler = self.tiler
         tiles = [
             tile
             for image, crop in zip(images, crops)
-            for tile in self.tiler([image], crop_to_patches=crop, **limits, **kwargs)["pixel_values"]
+            for tile in tiler([image], crop_to_patches=crop, **limits, **kwargs)["pixel_values"]
         ]
         return {"pixel_values": tiles}
 
