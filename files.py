@@ -64,7 +64,9 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, model, processor, max_shard_size: int | str = "50GB") -> None:
+def save_checkpoint(
+    path: str | Path, model, processor, max_shard_size: int | str = "50GB", state_dict: dict | None = None
+) -> None:
     """
     Saves a model and its processor as one folder that the Auto classes load; an older checkpoint there is replaced.
     Weights keep their dtypes; where these differ, the folder loads in the widest of them, so that none is rounded.
@@ -74,6 +76,7 @@ def save_checkpoint(path: str | Path, model, processor, max_shard_size: int | st
         model ([`~transformers.PreTrainedModel`]): The model.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): The largest file of weights.
+        state_dict (`dict`, *optional*): The weights, where the model holds only a share of them.
 
     Raises:
         ValueError: If there is a file at `path`, or a folder with something else than a checkpoint.
@@ -84,7 +87,7 @@ def save_checkpoint(path: str | Path, model, processor, max_shard_size: int | st
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"A checkpoint cannot be saved to {path}, which holds other things: name a new folder.")
     with replace_directory(path) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
         if len(dtypes) > 1:
             # transformers writes the dtype of the first weight, and loads all of them in what is written.

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
 from .generation_tokenflex import TokenFlexGenerationMixin
+from .packing_tokenflex import packed_mask_function, packed_position_ids
 from .placeholders_tokenflex import infer_vision_token_grids
 
 
@@ -50,35 +51,6 @@ def pooling_weights(
     end = ((window + 1) * input_size + output_size - 1) // output_size
     inside = ((position >= start) & (position < end)).to(dtype or torch.get_default_dtype())
     return inside / inside.sum(-1, keepdim=True)
-
-
-def segment_position_ids(segment_ids: torch.LongTensor) -> torch.LongTensor:
-    """
-    Positions for rows in which several continuations share one prefix: each counts on from the prefix's end.
-
-    Args:
-        segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            0 for the shared prefix, 1, 2, ... for each continuation, -1 for padding; each in one unbroken run.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, sequence_length)`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from tokenflex.modeling_tokenflex import segment_position_ids
-
-    >>> segment_position_ids(torch.tensor([[0, 0, 1, 1, 2, 2, -1]])).tolist()
-    [[0, 1, 2, 3, 2, 3, 0]]
-    ```
-    """
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run_start = torch.where(starts, index, 0).cummax(-1).values
-    prefix_length = (segment_ids == 0).sum(-1, keepdim=True)
-    return index - run_start + (segment_ids > 0) * prefix_length
 
 
 class TokenFlexSwiGLU(nn.Module):
@@ -251,6 +223,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         pixel_values: torch.Tensor,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexImageOutput:
         """
@@ -264,6 +237,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 config's count when `vision_token_grids` is not given either.
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
+            image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
+                Which image each appearance in the prompts shows, when they stand in another order or appear more than
+                once; counts and grids are then per appearance. The tower runs once per image.
 
         Returns:
             [`TokenFlexImageOutput`]: `pooler_output` holds the vision tokens, a tensor of shape
@@ -285,7 +261,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             )
         if num_vision_tokens is None and vision_token_grids is None:
             num_vision_tokens = self.config.num_vision_tokens
-        grids = self.resolve_grids(len(pixel_values), num_vision_tokens, vision_token_grids)
+        num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
+        grids = self.resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
         if self.config.vision_feature_layer != -1 and not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = [self.config.vision_feature_layer]  # the others are not kept
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -298,7 +275,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
                 f"{num_prefix_tokens} and the patch grid {self.config.patch_grid} make {num_prefix_tokens + num_patches}."
             )
-        image_outputs = self.pool_image_features(features[:, num_prefix_tokens:], grids)
+        patch_features = features[:, num_prefix_tokens:]
+        if image_indices is not None:
+            patch_features = patch_features[image_indices]
+        image_outputs = self.pool_image_features(patch_features, grids)
         image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
         return image_outputs
 
@@ -408,6 +388,21 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
+    def _idle_image_features(self) -> torch.Tensor | float:
+        """
+        Zero, by way of tower and projector when these are trained or shared out: every rank then has gradients for
+        the same weights, and takes part in gathering them, when its batch happens to hold no image.
+        """
+        parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not is_distributed and not any(parameter.requires_grad for parameter in parameters):
+            return 0.0
+        vision_config = self.config.vision_config
+        size = vision_config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        image = torch.zeros(1, vision_config.num_channels, height, width, device=self.device, dtype=self.dtype)
+        return 0.0 * self.get_image_features(image, num_vision_tokens=1, return_dict=True).pooler_output.sum()
+
     @can_return_tuple
     def forward(
         self,
@@ -419,11 +414,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,
         segment_ids: torch.LongTensor | None = None,
+        sample_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexModelOutputWithPast:
         """
@@ -436,6 +433,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 The counts the prompts were encoded with, when `vision_token_grids` is not given.
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
+            image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
+                Which of `pixel_values` each run of placeholders shows; `vision_token_grids` is then per run. Defaults
+                to each its own, in order.
             image_sizes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
                 Accepted since the processor can return them; only `generate` reads the first two.
             mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
@@ -443,9 +443,16 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several continuations behind one shared prefix: 0 for the prefix, 1, 2, ... for each continuation, -1
                 for padding. Each continuation sees the prefix and itself, with the positions it would have alone.
+            sample_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Several samples in one row: 0, 1, ... for each, -1 for padding. Each sees only itself, with the
+                positions it would have alone; its segments are told apart by `segment_ids`.
+
+        In training, a batch without images still passes a blank image through tower and projector when these are
+        trained or the run is distributed, with no effect on the result.
 
         Raises:
-            ValueError: If placeholders and images do not match, or arguments exclude each other.
+            ValueError: If placeholders and images do not match, arguments exclude each other, or the attention
+                implementation cannot keep segments apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -461,7 +468,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 seen_ids = torch.where(placeholders, self.config.image_token_id, -1)
                 num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=seen_ids)
             image_outputs = self.get_image_features(
-                pixel_values, num_vision_tokens, vision_token_grids, return_dict=True
+                pixel_values, num_vision_tokens, vision_token_grids, image_indices, return_dict=True
             )
         image_features = None
         if image_outputs is not None:
@@ -470,18 +477,24 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             flat_features = flat_features.reshape(-1, inputs_embeds.shape[-1]).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, flat_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, flat_features)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._idle_image_features()
 
-        if segment_ids is not None:
-            position_ids = segment_position_ids(segment_ids)
+        if segment_ids is not None or sample_ids is not None:
+            implementation = self.language_model.config._attn_implementation or ""
+            if "flash" in implementation:
+                raise ValueError(
+                    f"`attn_implementation`={implementation!r} takes no mask that keeps segments of a row apart: load "
+                    "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
+                )
+            position_ids = packed_position_ids(segment_ids, sample_ids)
             attention_mask = create_masks_for_generate(
                 config=self.language_model.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=None,
                 position_ids=position_ids,
-                and_mask_function=lambda batch, head, query, key: (
-                    (segment_ids[batch, key] == 0) | (segment_ids[batch, key] == segment_ids[batch, query])
-                ),
+                and_mask_function=packed_mask_function(segment_ids, sample_ids),
             )
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -528,10 +541,13 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         pixel_values: torch.Tensor,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexImageOutput:
         """See [`TokenFlexModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, num_vision_tokens, vision_token_grids, **kwargs)
+        return self.model.get_image_features(
+            pixel_values, num_vision_tokens, vision_token_grids, image_indices, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -546,11 +562,13 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         logits_to_keep: int | torch.Tensor = 0,
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,
         segment_ids: torch.LongTensor | None = None,
+        sample_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenFlexCausalLMOutputWithPast:
         """
@@ -571,8 +589,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             inputs_embeds=inputs_embeds,
             num_vision_tokens=num_vision_tokens,
             vision_token_grids=vision_token_grids,
+            image_indices=image_indices,
             mm_encoder_outputs=mm_encoder_outputs,
             segment_ids=segment_ids,
+            sample_ids=sample_ids,
             return_dict=True,
             **kwargs,
         )

@@ -14,6 +14,7 @@ SEQUENCE_FILL_VALUES = {
     "mm_token_type_ids": 0,
     "token_type_ids": 0,
     "segment_ids": -1,
+    "sample_ids": -1,
 }
 
 
@@ -93,7 +94,7 @@ def recount_vision_tokens(
         inputs (`Mapping[str, torch.Tensor]`):
             A processor's or collator's output: `input_ids` of shape `(batch_size, sequence_length)`,
             `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, optionally `attention_mask`,
-            `labels`, `mm_token_type_ids`, `token_type_ids` and `segment_ids`. Other entries are passed through, except
+            `labels`, `mm_token_type_ids`, `token_type_ids`, `segment_ids` and `sample_ids`. Other entries are passed through, except
             `position_ids`, which is dropped.
         vision_token_grids (sequence of `tuple[int, int]`):
             The new (rows, columns) per image.

@@ -24,11 +24,13 @@ from .evaluation import evaluate, save_report
 from .evaluation.report import markdown_table
 from .files import save_checkpoint, write_file
 from .generate import answer
+from .training.arguments import TokenFlexTrainingArguments
 from .training.optimization import MuonAdamW
 from .training.patch_labels import PatchLabelCollator, PatchLabelDataset, PatchLabelModel
 from .training.synthetic import SyntheticVQA, draw_scene
 from .training.tiny import tiny_model_and_processor
-from .training.train import TokenFlexTrainingArguments, build_trainer, freeze_parts
+from .training.train import freeze_parts
+from .training.trainer import TokenFlexTrainer
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,14 @@ def _run_stage(stage: Stage, model: nn.Module, processor, output_dir: Path, sett
         weights = [1.0] * len(choices) if choices else None
         freeze_parts(model, list(stage.freeze))
         dataset = SyntheticVQA(args.max_steps * stage.batch_size, TRAIN_SEEDS[stage.name])
-        trainer = build_trainer(model, processor, args, dataset, choices, weights)
+        trainer = TokenFlexTrainer(
+            model,
+            args,
+            processing_class=processor,
+            vision_token_choices=choices,
+            vision_token_weights=weights,
+            train_dataset=dataset,
+        )
     trainer.train()
     save_checkpoint(folder, model, processor)
     minutes = (time.time() - start) / 60

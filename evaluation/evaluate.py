@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from ..files import write_file
 from ..training.data import to_example
-from ..training.datasets import DataArguments, load_rows
+from ..training.datasets import SourceArguments, load_rows
 from .latency import time_to_first_token
 from .report import markdown_table, plot_png
 from .sweep import predict, score
@@ -73,7 +73,7 @@ def save_report(folder: str | Path, report: dict, predictions: list, title: str)
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        DataArguments, prog="tokenflex eval", description="Score a checkpoint at every vision-token count."
+        SourceArguments, prog="tokenflex eval", description="Score a checkpoint at every vision-token count."
     )
     parser.set_defaults(dataset_split="test")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
@@ -91,6 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     report, predictions = evaluate(
         model, processor, rows, args.counts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
     )
-    save_report(args.output_dir, report, predictions, Path(args.dataset).stem)
+    save_report(args.output_dir, report, predictions, " + ".join(Path(name).stem for name in args.dataset))
     print(markdown_table(report))  # noqa: T201
     print(json.dumps({"accuracy": report["overall"], "output_dir": args.output_dir}))  # noqa: T201

@@ -11,7 +11,6 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
 from tokenflex.files import save_checkpoint
-from tokenflex.modeling_tokenflex import segment_position_ids
 from tokenflex.training.synthetic import draw_scene
 from tokenflex.training.tiny import tiny_model_and_processor
 
@@ -152,11 +151,6 @@ def test_implementations_of_attention_agree_on_segments(tiny):
     changed = model(**inputs).logits
     assert torch.equal(changed[:, -3:], expected[:, -3:]), "the second segment does not see the first"
     assert not torch.equal(changed[:, -5], expected[:, -5])
-
-
-def test_positions_of_segments_count_on_from_the_prefix():
-    segments = torch.tensor([[-1, 0, 0, 1, 1, 2], [0, 1, 2, 2, -1, -1]])
-    assert segment_position_ids(segments).tolist() == [[0, 0, 1, 2, 3, 2], [0, 1, 1, 2, 0, 1]]
 
 
 def test_a_count_set_on_loading_is_checked(tiny, tmp_path):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..configuration_tokenflex import (
@@ -11,9 +10,12 @@ from ..configuration_tokenflex import (
     resolve_vision_token_grid,
     resolve_vision_token_grids,
 )
-from ..placeholders_tokenflex import recount_vision_tokens
+from ..placeholders_tokenflex import first_placeholders, recount_vision_tokens
+from .callback import VisionTokenCallback
 from .data import Example, to_example
+from .packing import pack_rows, stack_rows
 from .sampling import draw_num_vision_tokens
+from .schemes import SCHEMES
 
 
 logger = logging.get_logger(__name__)
@@ -38,9 +40,24 @@ class TokenFlexDataCollator:
             One weight per count. Defaults to the model config's.
         seed (`int`, *optional*):
             The seed of the draws. Defaults to the Trainer's `args.seed`, or 0 without the callback.
+        scheme (`str`, *optional*, defaults to `"batch"`):
+            `"batch"` draws one count for each micro-batch (paper), `"sample"` one for each sample; `"nested"` trains on
+            all counts in every step, behind one pass of the vision tower, and averages the losses by the weights;
+            `"distill"` is nested, with the smaller counts also following the largest count's distribution of answers.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether samples of a micro-batch are put behind each other into as few rows as they fit, kept apart by
+            positions and attention. The loss is the same, the padding is gone.
+        max_length (`int`, *optional*):
+            The longest sample in tokens, its images at the largest count; what is longer is cut at its end, never in
+            or before an image.
+        distillation_weight (`float`, *optional*, defaults to 1.0):
+            With `scheme="distill"`, the weight of the divergence beside the loss.
+        distillation_temperature (`float`, *optional*, defaults to 1.0):
+            With `scheme="distill"`, what logits are divided by before distributions are compared.
 
     Raises:
-        ValueError: If only one of choices and weights is given, or they do not fit each other.
+        ValueError: If only one of choices and weights is given, they do not fit each other, or an argument is out of
+            its range.
 
     Example:
 
@@ -65,6 +82,11 @@ class TokenFlexDataCollator:
         vision_token_choices: Sequence[int] | None = None,
         vision_token_weights: Sequence[float] | None = None,
         seed: int | None = None,
+        scheme: str = "batch",
+        packing: bool = False,
+        max_length: int | None = None,
+        distillation_weight: float = 1.0,
+        distillation_temperature: float = 1.0,
     ):
         if (vision_token_choices is None) != (vision_token_weights is None):
             raise ValueError(
@@ -74,10 +96,22 @@ class TokenFlexDataCollator:
             for i, count in enumerate(vision_token_choices):
                 resolve_vision_token_grid(count, processor.patch_grid, f"vision_token_choices[{i}]")
             check_vision_token_weights(vision_token_choices, vision_token_weights)
+        if scheme not in SCHEMES:
+            raise ValueError(f"`scheme`={scheme!r}: the schemes are {', '.join(SCHEMES)}.")
+        if distillation_weight <= 0 or distillation_temperature <= 0:
+            raise ValueError(
+                f"`distillation_weight`={distillation_weight} and `distillation_temperature`={distillation_temperature} "
+                "have to be above 0; without distillation the scheme is 'nested'."
+            )
         self.processor = processor
         self.vision_token_choices = vision_token_choices
         self.vision_token_weights = vision_token_weights
         self.seed = seed
+        self.scheme = scheme
+        self.packing = packing
+        self.max_length = max_length
+        self.distillation_weight = distillation_weight
+        self.distillation_temperature = distillation_temperature
         self.callback = VisionTokenCallback(self)
         self.follows_trainer = False
         self._num_batches = 0
@@ -88,10 +122,16 @@ class TokenFlexDataCollator:
             rows (`Sequence[dict | Example]`): Rows as [`to_example`] takes them or returns them.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` and `segment_ids` of shape
-            `(batch_size, sequence_length)`, `pixel_values` of shape `(num_tiles, num_channels, height, width)` and
-            `vision_token_grids` of shape `(num_tiles, 2)`, where an uncut image is one tile; `image_sizes` and
-            `num_tiles` as the processor returns them.
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape
+            `(batch_size, sequence_length)`, and `segment_ids` where a row has several questions; if there are images,
+            `pixel_values` of shape `(num_tiles, num_channels, height, width)` and `vision_token_grids` of shape
+            `(num_tiles, 2)`, where an uncut image is one tile, and `image_sizes` and `num_tiles` as the processor
+            returns them. With the callback, `num_skipped_rows` counts the unusable rows that were passed over. Without
+            it the batch is drawn and packed already; with it, that waits for the step.
+
+        Raises:
+            BadRowError: If a row cannot be used.
+            ValueError: If the counts are not known, or a row does not fit `max_length`.
         """
         if self.vision_token_choices is None:
             raise ValueError(
@@ -101,14 +141,84 @@ class TokenFlexDataCollator:
         examples = [to_example(row) for row in rows]
         batch = self._pad(self._encode(examples))
         images = [image for example in examples for image in example.images]
-        if not images:
-            return batch
-        batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
-        count = max(self.vision_token_choices) if self.follows_trainer else self._draw_alone()
-        return self.recount(batch, count)
+        if images:
+            batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
+            batch = self.recount(batch, max(self.vision_token_choices))
+        if not self.follows_trainer:
+            return self._arrange_alone(batch)
+        skipped = sum(example.skipped for example in examples)
+        return {**batch, "num_skipped_rows": torch.tensor([skipped])} if skipped else batch
 
-    def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int) -> dict[str, torch.Tensor]:
-        """The batch with every image at `num_vision_tokens`."""
+    def measure(self, row: dict | Example) -> tuple[int, int]:
+        """
+        The tokens of a row with its images at the largest count, and how many of them truncation cannot spare: up to
+        its last image and the first token of an answer.
+        """
+        example = to_example(row)
+        ids, labels, _ = self._encode([example], truncate=False)[0]
+        added = self._num_added_tokens(example)
+        last_image = max((i for i, token in enumerate(ids) if token == self.processor.image_token_id), default=0)
+        first_answer = next(i for i, label in enumerate(labels) if label != -100)
+        return len(ids) + added, max(last_image, first_answer) + 1 + added
+
+    def _num_added_tokens(self, example: Example) -> int:
+        """What the images' placeholders, one for each so far, will grow by."""
+        sizes = [(image.height, image.width) for image in example.images]
+        return sum(self.processor.count_vision_tokens(sizes, max(self.vision_token_choices))) - len(sizes)
+
+    def draw(self, step: int, micro_step: int = 0, samples: Sequence[int] = (0,)) -> list[int]:
+        """
+        The counts that a micro-batch trains at.
+
+        Args:
+            step (`int`): The optimizer step, counted from 0.
+            micro_step (`int`, *optional*, defaults to 0): The micro-batch within the step.
+            samples (`Sequence[int]`, *optional*): The micro-batch's samples, counted within the step.
+
+        Returns:
+            `list[int]`: One count; with `scheme="sample"` one for each sample, nested all counts.
+        """
+        place = (self.vision_token_choices, self.vision_token_weights, self.seed or 0, step)
+        if self.scheme == "sample":
+            return [draw_num_vision_tokens(*place, sample=sample) for sample in samples]
+        if self.scheme == "batch":
+            return [draw_num_vision_tokens(*place, micro_step)]
+        return list(self.vision_token_choices)
+
+    def arrange(
+        self, batch: dict[str, torch.Tensor], counts: list[int], one_row: bool = False
+    ) -> tuple[dict[str, torch.Tensor], torch.LongTensor | None]:
+        """
+        Makes of a batch at the largest count what a step trains on.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): What the collator returned.
+            counts (`list[int]`): What [`~TokenFlexDataCollator.draw`] returned.
+            one_row (`bool`, *optional*, defaults to `False`): Pack in the form that flash attention takes.
+
+        Returns:
+            `tuple[dict[str, torch.Tensor], torch.LongTensor | None]`: The model's inputs, and, if the batch was nested,
+            the row of every position among the rows of all counts, -1 for padding.
+        """
+        processor = self.processor
+        pad_token_id = processor.tokenizer.pad_token_id
+        nested = self.scheme in ("nested", "distill") and "vision_token_grids" in batch
+        if nested:
+            batch = stack_rows([self.recount(batch, count) for count in counts], pad_token_id)
+        elif "vision_token_grids" in batch:
+            if self.scheme == "sample":
+                input_ids = batch["input_ids"]
+                lengths = batch["vision_token_grids"].prod(-1)
+                first = first_placeholders(input_ids, lengths, processor.image_token_id)
+                counts = [counts[row] for row in (first // input_ids.shape[1]).tolist()]
+            batch = self.recount(batch, counts if self.scheme == "sample" else counts[0])
+        if not nested and not self.packing:
+            return batch, None
+        batch, rows = pack_rows(batch, processor.image_token_id, pad_token_id, one_row)
+        return batch, rows if nested else None
+
+    def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int | list[int]) -> dict[str, torch.Tensor]:
+        """The batch with every image at `num_vision_tokens`, or a list with one count per tile."""
         processor = self.processor
         sizes = batch.get("image_sizes")
         sizes = None if sizes is None else sizes.tolist()
@@ -116,18 +226,23 @@ class TokenFlexDataCollator:
         grids = resolve_vision_token_grids(num_vision_tokens, num_tiles, processor.patch_grid, image_sizes=sizes)
         return recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
 
-    def _draw_alone(self) -> int:
+    def _arrange_alone(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.scheme in ("nested", "distill"):
+            raise ValueError(
+                f"`scheme`={self.scheme!r} changes the loss and needs `callbacks=[collator.callback]` in the Trainer."
+            )
         if self._num_batches == 0:
             logger.warning(
                 "`TokenFlexDataCollator` draws without its callback, by the number of its batch: a resumed run will "
                 "draw other counts. Give the Trainer `callbacks=[collator.callback]`."
             )
         self._num_batches += 1
-        return draw_num_vision_tokens(
-            self.vision_token_choices, self.vision_token_weights, self.seed or 0, self._num_batches - 1
-        )
+        counts = self.draw(self._num_batches - 1, samples=range(len(batch["input_ids"])))
+        return self.arrange(batch, counts)[0]
 
-    def _encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], list[int]]]:
+    def _encode(
+        self, examples: Sequence[Example], truncate: bool = True
+    ) -> list[tuple[list[int], list[int], list[int]]]:
         """(input ids, labels, segment ids) of each example, with one placeholder per image."""
         pieces, owners = [], []
         for index, example in enumerate(examples):
@@ -140,7 +255,24 @@ class TokenFlexDataCollator:
         for ids, (index, number, is_answer) in zip(encoded, owners):
             dialogs[index][number][0].extend(ids)
             dialogs[index][number][1].extend(ids if is_answer else [-100] * len(ids))
-        return [self._share_prefix(dialogs[i], len(example.images)) for i, example in enumerate(examples)]
+        rows = [self._share_prefix(dialogs[i], len(example.images)) for i, example in enumerate(examples)]
+        if self.max_length is None or not truncate:
+            return rows
+        return [self._truncate(row, example) for row, example in zip(rows, examples)]
+
+    def _truncate(
+        self, row: tuple[list[int], list[int], list[int]], example: Example
+    ) -> tuple[list[int], list[int], list[int]]:
+        end = self.max_length - self._num_added_tokens(example)
+        if end >= len(row[0]):
+            return row
+        needed = self.measure(example)[1]
+        if needed > self.max_length:
+            raise ValueError(
+                f"A row needs {needed} tokens up to its last image and the beginning of its answer, but `max_length` is "
+                f"{self.max_length}: an image is never cut. Allow {needed}, or use fewer vision tokens."
+            )
+        return tuple(column[:end] for column in row)
 
     def _split_answers(self, dialog: list[dict]) -> list[tuple[str, bool]]:
         """The rendered dialog in pieces; answers, up to and with their end token, are what the model has to say."""
@@ -191,12 +323,12 @@ class TokenFlexDataCollator:
             return torch.tensor([row[column] + [fill] * (length - len(row[column])) for row in rows])
 
         segment_ids = padded(2, -1)
-        return {
+        batch = {
             "input_ids": padded(0, 0 if pad_token_id is None else pad_token_id),
             "attention_mask": (segment_ids >= 0).long(),
             "labels": padded(1, -100),
-            "segment_ids": segment_ids,
         }
+        return {**batch, "segment_ids": segment_ids} if (segment_ids > 0).any() else batch
 
 
 def place_images(
@@ -221,69 +353,3 @@ def place_images(
         batch = recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
     grids = torch.ones(len(processed_images["pixel_values"]), 2, dtype=torch.long)
     return {**batch, **processed_images, "vision_token_grids": grids}
-
-
-class VisionTokenCallback(TrainerCallback):
-    """Tells the draws of a [`TokenFlexDataCollator`] where training stands; made by the collator."""
-
-    def __init__(self, collator: TokenFlexDataCollator):
-        self.collator = collator
-        self.step = 0
-        self.micro_step = 0
-        self.num_vision_tokens = None
-        self._hook = None
-
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Evaluation may come before training: what the collator has to know is known once the Trainer is made."""
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor`={args.label_smoothing_factor}: the Trainer smooths against unshifted labels "
-                "for models outside transformers. Use 0."
-            )
-        if args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "`accelerator_config.dispatch_batches`=True splits a batch's images unlike its prompts. Use False."
-            )
-        collator = self.collator
-        if collator.vision_token_choices is None:
-            collator.vision_token_choices = list(model.config.vision_token_choices)
-            collator.vision_token_weights = list(model.config.vision_token_weights)
-        if collator.seed is None:
-            collator.seed = args.seed
-        collator.follows_trainer = True
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._remove_hook()
-        self._hook = model.register_forward_pre_hook(self._recount, with_kwargs=True)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step = state.global_step
-        self.micro_step = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "loss" in logs:
-            logs["num_vision_tokens"] = self.num_vision_tokens
-            state.log_history[-1]["num_vision_tokens"] = self.num_vision_tokens
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._remove_hook()
-
-    def _remove_hook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _recount(self, model, args, kwargs):
-        if not model.training:
-            return None
-        collator = self.collator
-        self.num_vision_tokens = draw_num_vision_tokens(
-            collator.vision_token_choices, collator.vision_token_weights, collator.seed, self.step, self.micro_step
-        )
-        self.micro_step += 1
-        if kwargs.get("vision_token_grids") is None:
-            return None
-        return args, collator.recount(kwargs, self.num_vision_tokens)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_hook": None}  # the hook belongs to the process that trains

@@ -1,6 +1,8 @@
 """Rows of visual question answering data, in the shapes people keep them in, as one `Example`."""
 
 import io
+import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +10,8 @@ from PIL import Image, ImageOps
 
 
 COLUMNS_HELP = (
-    "a row needs `image` or `images`, and either `question`/`answer`, `questions`/`answers`, `messages` (roles and "
-    "content) or LLaVA's `conversations`"
+    "a row needs `question`/`answer`, `questions`/`answers`, `messages` (roles and content) or LLaVA's `conversations`, "
+    "and `image` or `images` unless it is text alone"
 )
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -22,16 +24,19 @@ class BadRowError(ValueError):
 class Example:
     """
     Args:
-        images (`list[PIL.Image.Image]`): The images in order of appearance.
+        images (`list[PIL.Image.Image]`): The images in order of appearance; none if the row is text alone.
         dialogs (`list[list[dict]]`):
             Independent conversations about these images, each a list of chat messages that begins with all of them.
         families (`list[str]`, *optional*):
             The kind of question of each dialog, by which scores are told apart.
+        skipped (`int`, *optional*, defaults to 0):
+            How many unusable rows were passed over to reach this one.
     """
 
     images: list[Image.Image]
     dialogs: list[list[dict]]
     families: list[str] | None = None
+    skipped: int = 0
 
 
 def to_example(row: "dict | Example", image_folder: str | Path | None = None) -> Example:
@@ -40,8 +45,9 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
 
     Args:
         row (`dict` or `Example`):
-            `image` or `images` (PIL images, encoded bytes, or paths), with `question` and `answer` (and `family`),
-            lists `questions` and `answers` (and `families`), chat `messages`, or LLaVA's `conversations`.
+            `question` and `answer` (and `family`), lists `questions` and `answers` (and `families`), chat `messages`,
+            or LLaVA's `conversations`, with the images they are about, if any: PIL images, encoded bytes or paths in
+            `image` or `images`, or in the `image` or `path` of the messages' image parts.
         image_folder (`str` or `Path`, *optional*):
             Where relative image paths start.
 
@@ -49,7 +55,8 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
         [`Example`]
 
     Raises:
-        BadRowError: If the row lacks an image, a question or an answer, or an image cannot be decoded.
+        BadRowError: If the row lacks a question, an answer or an image that its text places, or an image cannot be
+            decoded.
 
     Example:
 
@@ -60,43 +67,25 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
     >>> example = to_example({"image": Image.new("RGB", (8, 8)), "question": "dark?", "answer": "yes"})
     >>> [part["type"] for part in example.dialogs[0][0]["content"]]
     ['image', 'text']
+    >>> to_example({"question": "is water wet?", "answer": "yes"}).images
+    []
     ```
     """
     if isinstance(row, Example):
         return row
-    images = row.get("images") if row.get("images") is not None else row.get("image")
-    images = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
-    images = [decode_image(image, image_folder) for image in images]
-    if not images:
-        raise BadRowError(f"it has no image; {COLUMNS_HELP}")
-
+    families = None
     if row.get("messages") is not None:
-        return Example(images, [_place_images(_check_roles(row["messages"]), len(images))])
-    if row.get("conversations") is not None:
-        return Example(images, [_place_images(_check_roles(_from_llava(row["conversations"])), len(images))])
-    questions = row["questions"] if row.get("questions") is not None else row.get("question")
-    answers = row["answers"] if row.get("answers") is not None else row.get("answer")
-    questions = questions if isinstance(questions, (list, tuple)) else [questions]
-    answers = answers if isinstance(answers, (list, tuple)) else [answers]
-    if len(questions) != len(answers):
-        raise BadRowError(f"{len(questions)} questions but {len(answers)} answers")
-    if not questions:
-        raise BadRowError("it has no questions")
-    dialogs = []
-    for question, answer in zip(questions, answers):
-        question, answer = (str(v) if type(v) in (int, float) else v for v in (question, answer))
-        for name, value in (("question", question), ("answer", answer)):
-            if not isinstance(value, str) or not value.strip():
-                raise BadRowError(f"its {name} is {value!r}, not a text; {COLUMNS_HELP}")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        dialogs.append(_place_images(messages, len(images)))
+        dialogs = [row["messages"]]
+    elif row.get("conversations") is not None:
+        dialogs = [_from_llava(row["conversations"])]
+    else:
+        dialogs, families = _from_questions(row)
+    dialogs = [_with_parts(dialog) for dialog in dialogs]
+    images = _images(row, dialogs)
+    dialogs = [_place_images(dialog, len(images)) for dialog in dialogs]
     if any(_up_to_images(dialog) != _up_to_images(dialogs[0]) for dialog in dialogs):
         raise BadRowError("its questions place the images differently, so that they cannot share them")
-    families = row["families"] if row.get("families") is not None else row.get("family")
-    families = families if isinstance(families, (list, tuple, type(None))) else [str(families)] * len(dialogs)
-    if families is not None and len(families) != len(dialogs):
-        raise BadRowError(f"{len(families)} families for {len(dialogs)} questions")
-    return Example(images, dialogs, families)
+    return Example([decode_image(image, image_folder) for image in images], dialogs, families)
 
 
 def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
@@ -104,10 +93,15 @@ def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
     Opens, fully decodes and turns upright an image given as PIL image, bytes, path or the `{"bytes", "path"}` of `datasets`.
 
     Raises:
-        BadRowError: If it is missing or not a readable image.
+        BadRowError: If it is missing, on the network, or not a readable image.
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", value, re.IGNORECASE):
+        raise BadRowError(
+            f"its image is the address {reprlib.repr(value)}: images are not fetched from the network, so download it "
+            "first and give its path"
+        )
     try:
         if isinstance(value, (str, Path)):
             value = Image.open(Path(image_folder or "") / value)
@@ -128,6 +122,51 @@ def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
     return value
 
 
+def _images(row: dict, dialogs: list[list[dict]]) -> list:
+    """The row's images, still encoded, from its column or else from the image parts, which are left as mere places."""
+    images = row["images"] if row.get("images") is not None else row.get("image")
+    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    parts = [part for dialog in dialogs for message in dialog for part in message["content"]]
+    inline = [part.pop("image") for part in parts if "image" in part]
+    if images and inline:
+        raise BadRowError(
+            f"it has {len(images)} images in a column and {len(inline)} in its messages: give all in the one or the other"
+        )
+    if not images and not inline:
+        for name, value in row.items():
+            if isinstance(value, (Image.Image, bytes)) or _is_stored_image(value):
+                raise BadRowError(f"it has no image, but its column {name!r} looks like one: rename it to `image`")
+    return images or inline
+
+
+def _is_stored_image(value) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"} and any(value.values())
+
+
+def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None]:
+    """One dialog per question, and the families of the questions."""
+    questions = row["questions"] if row.get("questions") is not None else row.get("question")
+    answers = row["answers"] if row.get("answers") is not None else row.get("answer")
+    questions = questions if isinstance(questions, (list, tuple)) else [questions]
+    answers = answers if isinstance(answers, (list, tuple)) else [answers]
+    if len(questions) != len(answers):
+        raise BadRowError(f"{len(questions)} questions but {len(answers)} answers")
+    if not questions:
+        raise BadRowError("it has no questions")
+    dialogs = []
+    for question, answer in zip(questions, answers):
+        question, answer = (str(v) if type(v) in (int, float) else v for v in (question, answer))
+        for name, value in (("question", question), ("answer", answer)):
+            if not isinstance(value, str) or not value.strip():
+                raise BadRowError(f"its {name} is {reprlib.repr(value)}, not a text; {COLUMNS_HELP}")
+        dialogs.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    families = row["families"] if row.get("families") is not None else row.get("family")
+    families = families if isinstance(families, (list, tuple, type(None))) else [str(families)] * len(dialogs)
+    if families is not None and len(families) != len(dialogs):
+        raise BadRowError(f"{len(families)} families for {len(dialogs)} questions")
+    return dialogs, families
+
+
 def _from_llava(conversations) -> list[dict]:
     try:
         return [{"role": LLAVA_ROLES[turn["from"]], "content": turn["value"]} for turn in conversations]
@@ -137,21 +176,22 @@ def _from_llava(conversations) -> list[dict]:
 
 def _up_to_images(dialog: list[dict]) -> list[dict]:
     parts = dialog[0]["content"]
-    last = max(i for i, part in enumerate(parts) if part.get("type") == "image")
+    last = max((i for i, part in enumerate(parts) if part["type"] == "image"), default=-1)
     return parts[: last + 1]
 
 
-def _check_roles(messages) -> list[dict]:
+def _with_parts(messages) -> list[dict]:
+    """The same messages with their contents as parts, once their roles are known to make a conversation."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
         raise BadRowError("its messages are not a list of chat messages, each with a role and content")
     roles = [message.get("role") for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    answered = all(turns[i - 1] == "user" for i in range(1, len(turns)) if turns[i] == "assistant")
-    if set(turns) != {"user", "assistant"} or turns[0] != "user" or not answered:
+    known = all(role in ("user", "assistant") for role in turns) and turns[:1] == ["user"] and "assistant" in turns
+    if not known or any(turns[i - 1] != "user" for i in range(1, len(turns)) if turns[i] == "assistant"):
         raise BadRowError(
             f"its messages have the roles {roles}: after at most one system message, each assistant answers a user"
         )
-    return messages
+    return [{"role": message["role"], "content": _parts(message)} for message in messages]
 
 
 def _parts(message: dict) -> list[dict]:
@@ -163,27 +203,46 @@ def _parts(message: dict) -> list[dict]:
         for piece in pieces[1:]:
             parts += [{"type": "image"}, {"type": "text", "text": piece.strip()}]
     elif isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content):
-        # Tables fill the keys that a part lacks with None.
-        parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-        unknown = [part.get("type") for part in parts if part.get("type") not in ("text", "image")]
-        if unknown:
-            raise BadRowError(f"a message has a part of type {unknown[0]!r}: 'text' and 'image' are known")
-        parts = [{"type": "image"} if part["type"] == "image" else part for part in parts]
+        parts = [_part(part) for part in content]
     else:
-        raise BadRowError(f"a message's content is {content!r}: text or a list of parts is expected")
-    parts = [part for part in parts if part.get("text") or part.get("type") == "image"]
-    if message["role"] == "assistant" and not "".join(part.get("text", "") for part in parts).strip():
+        raise BadRowError(f"a message's content is {reprlib.repr(content)}: text or a list of parts is expected")
+    parts = [part for part in parts if part["type"] == "image" or part["text"]]
+    texts = "".join(part["text"] for part in parts if part["type"] == "text")
+    if message["role"] == "assistant" and not texts.strip():
         raise BadRowError("an assistant's message is empty")
+    try:
+        texts.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(f"a message's text {reprlib.repr(texts)} has half of a surrogate pair in it") from None
     return parts
 
 
+def _part(part: dict) -> dict:
+    # Tables fill the keys that a part lacks with None.
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text", ""), str):
+            raise BadRowError(f"a message's text is {reprlib.repr(part['text'])}, not a text")
+        return {"type": "text", "text": part.get("text", "")}
+    if kind not in ("image", "image_url"):
+        raise BadRowError(f"a message has a part of type {reprlib.repr(kind)}: 'text' and 'image' are known")
+    remote = [key for key in ("image_url", "url", "base64") if key in part]
+    if remote or kind == "image_url":
+        raise BadRowError(
+            f"an image part of a message has {(remote or ['image_url'])[0]!r}: images are read from `image` or `path`, and "
+            "nothing is fetched from the network, so download it first"
+        )
+    value = part.get("image", part.get("path"))
+    return {"type": "image"} if value is None else {"type": "image", "image": value}
+
+
 def _place_images(messages: list[dict], num_images: int) -> list[dict]:
-    """Content as parts, with one image part per image: where the row puts them, else before the first question."""
-    placed = [{"role": message["role"], "content": _parts(message)} for message in messages]
-    found = sum(part.get("type") == "image" for message in placed for part in message["content"])
+    """One image part per image: where the row puts them, else before the first question."""
+    found = sum(part["type"] == "image" for message in messages for part in message["content"])
     if found == 0 and num_images:
-        first = next(message for message in placed if message["role"] == "user")
+        first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image"}] * num_images + first["content"]
     elif found != num_images:
         raise BadRowError(f"its text places {found} images, but it has {num_images}")
-    return placed
+    return messages

@@ -1,138 +1,168 @@
-"""Data sets from files and from the Hub, every row checked before the first step."""
+"""Data sets from files, folders and the Hub, alone or mixed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import datasets
-from transformers.utils import logging
-
-from .data import BadRowError, Example, to_example
-
-
-logger = logging.get_logger(__name__)
-
-LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+from .data import Example
+from .rows import (
+    BAD_ROW_POLICIES,
+    CHECK_TIMES,
+    LONG_ROW_POLICIES,
+    MixedRows,
+    RowChecker,
+    Rows,
+    check_choice,
+    check_weights,
+)
+from .sources import open_rows
+from .streaming import StreamedRows
+from .synthetic import SyntheticVQA
 
 
 @dataclass
-class DataArguments:
-    dataset: str = field(metadata={"help": "A parquet, JSON, JSONL or CSV file, or a Hub id."})
-    dataset_split: str = field(default="train", metadata={"help": "The split of a Hub data set."})
+class SourceArguments:
+    """Which rows to read, for commands that read them once."""
+
+    dataset: list[str] = field(
+        metadata={
+            "help": "One or several data sets: parquet, JSON, JSONL or CSV files, folders in the Hub's layout or written "
+            "by `save_to_disk`, Hub ids, or `synthetic:N` for N images that the project draws itself."
+        }
+    )
+    dataset_split: str = field(default="train", metadata={"help": "The split of Hub data sets and folders."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "Where relative image paths start. Default: the data file's folder."}
+        default=None, metadata={"help": "Where relative image paths start. Default: each data file's folder."}
     )
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "`error` stops at a row without image or answer, naming file, row and reason; `skip` leaves such "
-            "rows out and says how many.",
-            "choices": ["error", "skip"],
+            "help": "`error` stops at a row that cannot be used, naming file, row and reason; `skip` leaves such rows out "
+            "and says how many.",
+            "choices": list(BAD_ROW_POLICIES),
         },
     )
 
 
-def _refuse_tokens(example: Example, special_tokens: Sequence[str]) -> None:
-    texts = (part.get("text", "") for dialog in example.dialogs for message in dialog for part in message["content"])
-    for text in texts:
-        for token in special_tokens:
-            if token in text:
-                raise BadRowError(f"its text contains {token!r}, which has a meaning of its own to the model")
+@dataclass
+class DataArguments(SourceArguments):
+    """Which rows to train on, and how."""
 
-
-class Rows:
-    """
-    Rows that are all known to be usable, as the collator takes them.
-
-    Args:
-        dataset (`datasets.Dataset`): The rows; images are left encoded until they are needed.
-        source (`str`): What to call it in errors.
-        image_folder (`str`, *optional*): Where relative image paths start.
-        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
-        special_tokens (`Sequence[str]`, *optional*): What texts must not contain, since it would end or place things.
-
-    Raises:
-        BadRowError: If a row cannot be used and `on_bad_row` is `"error"`, or no row can.
-    """
-
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        source: str,
-        image_folder: str | None = None,
-        on_bad_row: str = "error",
-        special_tokens: Sequence[str] = (),
-    ):
-        if on_bad_row not in ("error", "skip"):
-            raise ValueError(f"`on_bad_row`={on_bad_row!r}: use 'error' or 'skip'.")
-        for name, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-        self.image_folder = image_folder
-        self.source = source
-        bad = []
-        for index, row in enumerate(dataset):
-            try:
-                _refuse_tokens(to_example(row, image_folder), special_tokens)
-            except BadRowError as error:
-                if on_bad_row == "error":
-                    raise BadRowError(f"{source}, row {index}: {error}.") from None
-                bad.append(index)
-                logger.warning(f"Skipped {source}, row {index}: {error}.")
-        if bad:
-            logger.warning(f"Skipped {len(bad)} of {len(dataset)} rows of {source}.")
-            unusable = set(bad)
-            dataset = dataset.select([index for index in range(len(dataset)) if index not in unusable])
-        if not len(dataset):
-            raise BadRowError(f"{source} has no usable rows.")
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Example:
-        return to_example(self.dataset[index], self.image_folder)
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Each data set's share of the rows, on any scale; small sets repeat. Default: every row once."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "The longest row, in tokens at the largest vision-token count. Default: no limit."},
+    )
+    on_long_row: str = field(
+        default="error",
+        metadata={
+            "help": "What is done with a row of more than `max_length` tokens: `error` stops, `skip` leaves it out, "
+            "`truncate` cuts its end, but never an image.",
+            "choices": list(LONG_ROW_POLICIES),
+        },
+    )
+    check_rows: str = field(
+        default="first",
+        metadata={
+            "help": "`first` checks every row, with its images, before the first step; `lazily` checks a row when it is "
+            "read, as is always done with streamed and synthetic rows.",
+            "choices": list(CHECK_TIMES),
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Whether to read rows one after the other, for data too large to load."},
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "From how many rows a streamed row is drawn; 0 keeps their order."},
+    )
 
 
 def load_rows(
-    dataset: str,
+    dataset: str | Sequence[str],
     dataset_split: str = "train",
     image_folder: str | None = None,
     on_bad_row: str = "error",
     special_tokens: Sequence[str] = (),
-) -> Rows:
+    dataset_weights: Sequence[float] | None = None,
+    max_length: int | None = None,
+    on_long_row: str = "error",
+    check_rows: str = "first",
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+    measure: Callable[[Example], tuple[int, int]] | None = None,
+) -> Rows | MixedRows | StreamedRows:
     """
-    Loads and checks a data set.
+    Loads and checks one data set or a mixture.
 
     Args:
-        dataset (`str`): A parquet, JSON, JSONL or CSV file, or the id of a data set on the Hub.
-        dataset_split (`str`, *optional*, defaults to `"train"`): The split of a Hub data set.
-        image_folder (`str`, *optional*): Where relative image paths start. Defaults to the file's folder.
+        dataset (`str` or `Sequence[str]`):
+            Parquet, JSON, JSONL or CSV files, folders in the Hub's layout or written by `save_to_disk`, ids of data sets
+            on the Hub, or `synthetic:N` for N images that the project draws itself.
+        dataset_split (`str`, *optional*, defaults to `"train"`): The split of Hub data sets and folders.
+        image_folder (`str`, *optional*): Where relative image paths start. Defaults to each file's folder.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` stops at the first row that cannot be used; `"skip"` leaves such rows out and says how many.
         special_tokens (`Sequence[str]`, *optional*):
             The tokenizer's special tokens, which questions and answers must not contain.
+        dataset_weights (`Sequence[float]`, *optional*):
+            Each data set's share of the rows, on any scale. By default each row is there once.
+        max_length (`int`, *optional*): The longest row, in tokens. By default rows may be of any length.
+        on_long_row (`str`, *optional*, defaults to `"error"`):
+            `"error"` stops at a longer row, `"skip"` leaves it out, `"truncate"` keeps it for the collator to cut.
+        check_rows (`str`, *optional*, defaults to `"first"`):
+            `"first"` checks every row now; `"lazily"` when it is read, as is always done with streamed and synthetic
+            rows.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows one after the other.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            From how many rows a streamed row is drawn; 0 keeps their order.
+        seed (`int`, *optional*, defaults to 0): The seed of synthetic images and of the order of streamed rows.
+        measure (`Callable`, *optional*): Counts a row's tokens as [`RowChecker`] says. Needed with `max_length`.
 
     Returns:
-        [`Rows`]
+        [`Rows`], [`MixedRows`] of several data sets, or [`StreamedRows`]
 
     Raises:
-        ValueError: If a file is missing or of an unknown kind.
-        BadRowError: If a row cannot be used; the message names file, row and reason.
+        ValueError: If a file is missing, unreadable or of an unknown kind, or arguments do not fit each other.
+        BadRowError: If a row cannot be used; the message names data set, row and reason.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.training.datasets import load_rows
+
+    >>> len(load_rows(["synthetic:3", "synthetic:1"], dataset_weights=[0.5, 0.5]))
+    6
+    ```
     """
-    path = Path(dataset)
-    if path.is_dir():
-        raise ValueError(f"`dataset`={dataset!r} is a folder: name the file in it.")
-    if path.is_file() or path.suffix in LOADERS:
-        if not path.is_file():
-            raise ValueError(f"`dataset`={dataset!r}: there is no such file.")
-        if path.suffix not in LOADERS:
-            raise ValueError(f"`dataset`={dataset!r}: use a file ending in {', '.join(LOADERS)} or a Hub id.")
-        try:
-            loaded = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # each file format's reader raises its own
-            raise ValueError(f"`dataset`={dataset!r} cannot be read: {error.__cause__ or error!r}") from error
-        return Rows(loaded, path.name, image_folder or str(path.parent), on_bad_row, special_tokens)
-    return Rows(datasets.load_dataset(dataset, split=dataset_split), dataset, image_folder, on_bad_row, special_tokens)
+    check_choice("check_rows", check_rows, CHECK_TIMES)
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    if not names:
+        raise ValueError("`dataset` is empty: name at least one data set.")
+    if dataset_weights is not None:
+        check_weights(dataset_weights, len(names))
+    options = {
+        "on_bad_row": on_bad_row,
+        "special_tokens": special_tokens,
+        "max_length": max_length,
+        "on_long_row": on_long_row,
+        "measure": measure,
+    }
+    sources = []
+    for name in names:
+        rows, folder = open_rows(name, dataset_split, streaming, seed)
+        folder = image_folder or folder
+        if streaming:
+            sources.append((rows, RowChecker(name, folder, **options)))
+        else:
+            when = "lazily" if isinstance(rows, SyntheticVQA) else check_rows
+            sources.append(Rows(rows, name, folder, check_rows=when, **options))
+    if streaming:
+        return StreamedRows(sources, dataset_weights, shuffle_buffer, seed)
+    return sources[0] if len(sources) == 1 else MixedRows(sources, dataset_weights)

@@ -3,7 +3,7 @@
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from ..files import save_checkpoint
-from .datasets import DataArguments, load_rows
+from .datasets import SourceArguments, load_rows
 from .tiny import tiny_model_and_processor
 
 
@@ -48,7 +48,7 @@ def init_checkpoint(dataset, vision_tower: str | None = None, seed: int = 0):
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        DataArguments,
+        SourceArguments,
         prog="tokenflex init",
         description="Make a new tiny checkpoint whose tokenizer is trained on a data set's questions and answers.",
     )

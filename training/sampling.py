@@ -9,7 +9,12 @@ from ..configuration_tokenflex import check_vision_token_weights
 
 
 def draw_num_vision_tokens(
-    choices: Sequence[int], weights: Sequence[float], seed: int, step: int, micro_step: int = 0
+    choices: Sequence[int],
+    weights: Sequence[float],
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    sample: int | None = None,
 ) -> int:
     """
     Draws the vision-token count of one micro-batch (paper, claim "draws the token count at random per step"). There is no
@@ -21,6 +26,9 @@ def draw_num_vision_tokens(
         seed (`int`): The run's seed.
         step (`int`): The optimizer step, counted from 0.
         micro_step (`int`, *optional*, defaults to 0): The micro-batch within the step, counted from 0.
+        sample (`int`, *optional*):
+            The sample within the step, counted from 0 over all its micro-batches and processes, to draw for it alone,
+            however the step is divided; `micro_step` then has no say.
 
     Returns:
         `int`: One of `choices`.
@@ -38,6 +46,7 @@ def draw_num_vision_tokens(
     ```
     """
     check_vision_token_weights(choices, weights)
-    digest = hashlib.sha256(f"{seed}/{step}/{micro_step}".encode()).digest()
+    place = micro_step if sample is None else f"sample {sample}"
+    digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64 * sum(weights)
     return choices[min(bisect.bisect_right(list(accumulate(weights)), position), len(choices) - 1)]

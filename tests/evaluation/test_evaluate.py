@@ -36,7 +36,7 @@ def folder(narrow, tmp_path_factory):
         for row in SyntheticVQA(6, seed=3, questions_per_image=2)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
-    rows[1]["image"] = None
+    rows[1]["answers"] = []
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bad.parquet")
     return folder
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens, to_example
 from tokenflex.training.data import BadRowError, Example
@@ -27,6 +27,10 @@ pairs = st.lists(st.tuples(questions, words), min_size=1, max_size=4)
 def narrow():
     model, processor = tiny_model_and_processor(width=32)
     return model.eval(), processor
+
+
+def segments(batch):
+    return batch.get("segment_ids", batch["attention_mask"] - 1)
 
 
 def at(processor, count):
@@ -74,7 +78,8 @@ def test_image_tokens_and_padding_are_never_labelled(narrow, batch_of, count):
     assert hidden[image_tokens].all() and hidden[batch["attention_mask"] == 0].all()
     assert (image_tokens.sum(-1) == count).all()
     assert batch["vision_token_grids"].prod(-1).tolist() == [count] * len(batch_of)
-    assert torch.equal(batch["segment_ids"] == -1, batch["attention_mask"] == 0)
+    assert ("segment_ids" in batch) == any(len(asked) > 1 for asked in batch_of)
+    assert torch.equal(segments(batch) == -1, batch["attention_mask"] == 0)
 
 
 def test_every_turn_of_a_conversation_is_labelled(narrow):
@@ -137,7 +142,7 @@ def test_packed_questions_have_the_gradients_of_one_question_per_row(narrow):
 
 
 def answer_logits(model, batch, segment):
-    labelled = (batch["labels"] != -100) & (batch["segment_ids"] == segment)
+    labelled = (batch["labels"] != -100) & (segments(batch) == segment)
     with torch.no_grad():
         logits = model(**batch).logits
     return logits[:, :-1][labelled[:, 1:]]
@@ -174,8 +179,9 @@ def test_batched_rows_equal_rows_one_by_one(narrow, batch_of, count):
         for i, row in enumerate(rows):
             alone = at(processor, count)([row])
             length = alone["input_ids"].shape[1]
-            for key in ("input_ids", "labels", "segment_ids", "attention_mask"):
+            for key in ("input_ids", "labels", "attention_mask"):
                 assert torch.equal(batch[key][i, :length], alone[key][0]), key
+            assert torch.equal(segments(batch)[i, :length], segments(alone)[0])
             torch.testing.assert_close(together[i, :length], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
 
 
@@ -308,167 +314,45 @@ def test_sixteen_bit_grey_keeps_its_brightness(narrow):
         torch.testing.assert_close(pixels(Image.new("I", (5, 5), value)), grey)
 
 
-class Recorder:
-    """The counts that the model really ran at, in training and in evaluation."""
-
-    def __init__(self, model):
-        self.trained, self.evaluated = [], []
-        model.model.register_forward_pre_hook(self._record, with_kwargs=True)
-
-    def _record(self, module, args, kwargs):
-        counts = set(kwargs["vision_token_grids"].prod(-1).tolist())
-        assert len(counts) == 1
-        (self.trained if module.training else self.evaluated).append(counts.pop())
-
-
-def run(narrow, folder, resume=None, collator_arguments=(), rows=None, callbacks=(), **options):
-    model, processor = copy.deepcopy(narrow[0]), narrow[1]
-    recorder = Recorder(model)
-    collator = TokenFlexDataCollator(processor, *collator_arguments)
-    options = {"max_steps": 6, "save_strategy": "no", "seed": 5, "per_device_train_batch_size": 2, **options}
-    args = TrainingArguments(
-        str(folder),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        logging_steps=1,
-        learning_rate=1e-3,
-        **options,
-    )
-    trainer = Trainer(
-        model,
-        args,
-        data_collator=collator,
-        train_dataset=rows or SyntheticVQA(40, 3, questions_per_image=2),
-        eval_dataset=SyntheticVQA(4, 4, questions_per_image=2),
-        callbacks=[collator.callback, *callbacks],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, recorder
-
-
-def expected_draws(config, seed, steps, micro_steps=1):
-    return [
-        draw_num_vision_tokens(config.vision_token_choices, config.vision_token_weights, seed, step, micro_step)
-        for step in steps
-        for micro_step in range(micro_steps)
+def conversation(num_turns, image=True):
+    turns = [
+        {"role": role, "content": f"{role} {turn} " + "word " * 5}
+        for turn in range(num_turns)
+        for role in ("user", "assistant")
     ]
+    return {"images": [Image.new("RGB", (8, 8))] if image else [], "messages": turns}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("micro_steps", [1, 2])
-def test_training_runs_at_the_drawn_counts(narrow, tmp_path, workers, micro_steps):
-    _, recorder = run(narrow, tmp_path, dataloader_num_workers=workers, gradient_accumulation_steps=micro_steps)
-    assert recorder.trained == expected_draws(narrow[0].config, 5, range(6), micro_steps)
-    assert len(set(recorder.trained)) > 1
+@given(st.integers(1, 5), st.booleans(), st.integers(40, 400), st.sampled_from([4, 36]))
+@few
+def test_long_rows_are_cut_at_their_end_and_never_in_an_image(narrow, turns, image, max_length, count):
+    processor = narrow[1]
+    row = conversation(turns, image)
+    whole = at(processor, count)([row])["input_ids"]
+    length, needed = at(processor, count).measure(row)
+    assert length == whole.shape[1] and needed <= length
+    collator = TokenFlexDataCollator(processor, [count], [1.0], max_length=max_length)
+    if needed > max_length:
+        with pytest.raises(ValueError, match=f"needs {needed} tokens.*`max_length` is {max_length}"):
+            collator([row])
+        return
+    cut = collator([row])
+    assert torch.equal(cut["input_ids"], whole[:, :max_length])
+    assert int((cut["input_ids"] == processor.image_token_id).sum()) == (count if image else 0)
+    assert (cut["labels"] != -100).any()
+    collator = TokenFlexDataCollator(processor, [count], [1.0], max_length=needed)
+    assert int((collator([row])["labels"] != -100).sum()) == 1, "just what cannot be spared"
 
 
-def test_log_history_names_the_count_of_every_loss(narrow, tmp_path):
-    trainer, recorder = run(narrow, tmp_path)
-    logged = [log.get("num_vision_tokens") for log in trainer.state.log_history if "loss" in log]
-    assert logged == recorder.trained
-
-
-def test_draws_go_on_through_epochs(narrow, tmp_path):
-    rows = SyntheticVQA(5, 3, questions_per_image=1)
-    _, recorder = run(narrow, tmp_path, rows=rows, max_steps=8, gradient_accumulation_steps=2)
-    per_step = iter(recorder.trained)
-    for step in range(8):
-        sizes = (2, 1)[step % 2]
-        assert [next(per_step) for _ in range(sizes)] == expected_draws(narrow[0].config, 5, [step], sizes)
-
-
-def test_given_choices_and_seed_go_before_the_configs(narrow, tmp_path):
-    choices, weights = [1, 9, 64], [1, 1, 1]
-    _, recorder = run(narrow, tmp_path, collator_arguments=(choices, weights, 77))
-    assert recorder.trained == [draw_num_vision_tokens(choices, weights, 77, step) for step in range(6)]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_training_equals_uninterrupted(narrow, tmp_path, workers):
-    options = {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers}
-    whole, recorder = run(narrow, tmp_path / "run", **options)
-    checkpoint = str(tmp_path / "run" / "checkpoint-3")
-    resumed, resumed_recorder = run(narrow, tmp_path / "again", resume=checkpoint, **options)
-    assert resumed_recorder.trained == recorder.trained[3:]
-    final = resumed.model.state_dict()
-    for name, tensor in whole.model.state_dict().items():
-        torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-6, msg=name)
-
-
-def test_evaluation_takes_the_largest_count_and_no_draws(narrow, tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
-    trainer, recorder = run(narrow, tmp_path, **options)
-    assert recorder.trained == expected_draws(narrow[0].config, 5, range(6))
-    assert recorder.evaluated == [36] * 6
-    in_training = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log][-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(in_training, abs=1e-6)
-    assert set(recorder.evaluated) == {36}
-
-
-def test_evaluation_before_training_takes_the_largest_count(narrow, tmp_path):
-    model = copy.deepcopy(narrow[0])
-    recorder = Recorder(model)
-    collator = TokenFlexDataCollator(narrow[1])
-    args = TrainingArguments(
-        str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False
-    )
-    rows = SyntheticVQA(3, 4, questions_per_image=1)
-    trainer = Trainer(model, args, data_collator=collator, eval_dataset=rows, callbacks=[collator.callback])
-    trainer.evaluate()
-    assert set(recorder.evaluated) == {36}
-
-
-def test_nothing_is_left_on_the_model_after_training(narrow, tmp_path):
-    trainer, recorder = run(narrow, tmp_path, max_steps=1)
-    assert not trainer.model._forward_pre_hooks
-    batch = at(narrow[1], 4)([row_of([("which color?", "red")])])
-    trainer.model.train()
-    trainer.model(**batch)
-    assert recorder.trained[-1] == 4
-
-
-def test_nothing_is_warned_about_with_the_callback(narrow, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        run(narrow, tmp_path, max_steps=2)
-    assert "without its callback" not in caplog.text
-
-
-class Stop(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
-
-
-def test_a_second_training_after_an_interrupted_one_draws_as_a_first(narrow, tmp_path):
-    model, processor = copy.deepcopy(narrow[0]), narrow[1]
-    recorder = Recorder(model)
-    collator = TokenFlexDataCollator(processor)
-    args = TrainingArguments(
-        str(tmp_path), max_steps=3, seed=5, report_to="none", use_cpu=True, disable_tqdm=True,
-        remove_unused_columns=False, save_strategy="no",
-    )  # fmt: skip
-    rows = SyntheticVQA(40, 3, questions_per_image=1)
-    for callbacks in ([collator.callback, Stop()], [collator.callback]):
-        recorder.trained.clear()
-        trainer = Trainer(model, args, data_collator=collator, train_dataset=rows, callbacks=callbacks)
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            assert len(recorder.trained) == 1
-    assert recorder.trained == expected_draws(model.config, 5, range(3))
-
-
-def test_loss_does_not_depend_on_how_a_step_is_split(narrow, tmp_path):
-    losses = []
-    for batch_size, micro_steps in ((4, 1), (2, 2), (1, 4)):
-        trainer, _ = run(
-            narrow, tmp_path, max_steps=2, per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=micro_steps, collator_arguments=([16], [1.0]),
-        )  # fmt: skip
-        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
-    assert losses[2] == pytest.approx(losses[0], abs=2e-4)
+def test_rows_are_measured_at_the_largest_count_with_all_their_tiles(narrow):
+    processor = copy.deepcopy(narrow[1])
+    processor.crop_to_patches, processor.max_patches = True, 4
+    row = {"image": Image.new("RGB", (200, 60)), "question": "short?", "answer": "yes"}
+    collator = TokenFlexDataCollator(processor, [4, 36], [1, 1])
+    collator.follows_trainer = True
+    batch = collator([row])
+    assert len(batch["pixel_values"]) > 1
+    assert collator.measure(row)[0] == batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("options", [{"match_aspect_ratio": True}, {"crop_to_patches": True, "max_patches": 2}])

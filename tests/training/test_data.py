@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.training.data import BadRowError, decode_image, to_example
+from tokenflex.training.data import BadRowError, Example, decode_image, to_example
 
 
 IMAGE = Image.effect_noise((13, 9), 60).convert("RGB")
@@ -21,6 +21,11 @@ def encoded(image, kind="PNG"):
 
 
 PNG = encoded(IMAGE)
+INLINE = {"type": "image", "image": IMAGE}
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
 
 
 def same(first, second):
@@ -86,6 +91,55 @@ def test_every_text_shape_gives_the_same_example(row):
     assert same(to_example({"image": IMAGE, **row}), plain)
 
 
+@pytest.mark.parametrize(
+    "column", [{}, {"image": None}, {"images": None}, {"images": []}, {"images": [], "image": None}]
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"question": QUESTION, "answer": ANSWER},
+        {"questions": [QUESTION], "answers": [ANSWER]},
+        {"messages": TURNS},
+        {"messages": [user({"type": "text", "text": QUESTION, "image": None}), TURNS[1]]},
+        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+    ],
+)
+def test_row_without_an_image_is_its_text(column, text):
+    with_image = to_example({"image": IMAGE, "question": QUESTION, "answer": ANSWER})
+    with_image.dialogs[0][0]["content"].pop(0)
+    assert to_example({**column, **text}) == Example([], with_image.dialogs)
+
+
+def test_questions_without_an_image_are_independent():
+    example = to_example({"questions": ["a?", "b?"], "answers": ["c", "d"], "families": ["x", "y"]})
+    assert [len(dialog) for dialog in example.dialogs] == [2, 2] and example.families == ["x", "y"]
+
+
+@pytest.mark.parametrize("column", [{}, {"image": None}, {"images": []}])
+@pytest.mark.parametrize("shape", ["image", "bytes", "path as image", "path", "datasets bytes", "datasets path"])
+def test_images_in_the_messages_equal_images_in_a_column(column, shape, image_file):
+    part = {
+        "image": INLINE,
+        "bytes": {"type": "image", "image": PNG},
+        "path as image": {"type": "image", "image": str(image_file)},
+        "path": {"type": "image", "path": image_file.name, "image": None},
+        "datasets bytes": {"type": "image", "image": {"bytes": PNG, "path": None}},
+        "datasets path": {"type": "image", "image": {"bytes": None, "path": image_file.name}},
+    }[shape]
+    text = {"type": "text", "text": QUESTION}
+    row = {**column, "messages": [user(part, text), TURNS[1]]}
+    plain = to_example({"image": IMAGE, "messages": [user({"type": "image"}, text), TURNS[1]]})
+    assert same(to_example(row, image_file.parent), plain)
+    assert row["messages"][0]["content"][0] is part and part["type"] == "image", "the row is left as it was"
+
+
+def test_images_in_the_messages_keep_their_order():
+    images = [Image.new("RGB", (size, 1)) for size in (1, 2, 3)]
+    first, second, third = ({"type": "image", "image": image} for image in images)
+    example = to_example({"messages": [user(first, second), TURNS[1], user(third), TURNS[1]]})
+    assert [image.size for image in example.images] == [(1, 1), (2, 1), (3, 1)]
+
+
 def test_image_parts_stand_where_the_row_puts_them():
     text = "first <image> then <image> which?"
     parts = to_example({"images": [IMAGE, IMAGE], "messages": [{"role": "user", "content": text}, TURNS[1]]})
@@ -113,12 +167,23 @@ def test_families_go_with_their_questions():
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({}, "no image"),
+        ({}, "question is None"),
         ({"image": IMAGE}, "question is None"),
         ({"image": Image.new("F", (4, 4)), "question": QUESTION, "answer": ANSWER}, "mode F"),
-        ({"question": QUESTION, "answer": ANSWER}, "no image"),
-        ({"images": [], "question": QUESTION, "answer": ANSWER}, "no image"),
-        ({"image": None, "question": QUESTION, "answer": ANSWER}, "no image"),
+        ({"question": f"<image>{QUESTION}", "answer": ANSWER}, "its text places 1 images, but it has 0"),
+        ({"images": [], "messages": [user({"type": "image"}), TURNS[1]]}, "its text places 1 images, but it has 0"),
+        ({"picture": IMAGE, "question": QUESTION, "answer": ANSWER}, "column 'picture'.*rename it to `image`"),
+        ({"jpg": {"bytes": PNG, "path": None}, "question": QUESTION, "answer": ANSWER}, "column 'jpg'"),
+        ({"image": IMAGE, "messages": [user(INLINE), TURNS[1]]}, "1 images in a column and 1 in its messages"),
+        ({"messages": [user(INLINE, {"type": "image"}), TURNS[1]]}, "places 2 images, but it has 1"),
+        ({"messages": [user({"type": "image", "url": "https://a.b/c.png"}), TURNS[1]]}, "'url'.*download it"),
+        ({"messages": [user({"type": "image", "base64": "abc"}), TURNS[1]]}, "'base64'.*download it"),
+        ({"messages": [user({"type": "image_url", "image_url": {"url": "x"}}), TURNS[1]]}, "'image_url'.*download it"),
+        ({"messages": [user({"type": "image", "image": "https://a.b/c.png"}), TURNS[1]]}, "address.*download it"),
+        ({"messages": [user({"type": "image", "path": "none.png"}), TURNS[1]]}, "none.png"),
+        ({"messages": [user({"type": "text", "text": 5}), TURNS[1]]}, "text is 5, not a text"),
+        ({"image": "https://a.b/c.png", "question": QUESTION, "answer": ANSWER}, "address.*download it"),
+        ({"question": "half a pair \ud83d", "answer": ANSWER}, "surrogate"),
         ({"image": {"bytes": None, "path": None}, "question": QUESTION, "answer": ANSWER}, "NoneType"),
         ({"image": 3, "question": QUESTION, "answer": ANSWER}, "int"),
         ({"image": IMAGE, "question": QUESTION}, "answer is None"),
@@ -193,3 +258,46 @@ def test_truncated_bytes_are_refused():
     for length in range(3 * len(PNG) // 4):
         with pytest.raises(BadRowError):
             decode_image(PNG[:length])
+
+
+def test_image_of_too_many_pixels_is_refused(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(BadRowError, match="DecompressionBombError.*400000000 pixels"):
+        to_example({"image": tmp_path / "bomb.png", "question": QUESTION, "answer": ANSWER})
+
+
+CELLS = st.recursive(
+    st.sampled_from(
+        [None, True, 3, 0.5, "", "a", "<image>", "user", "assistant", "human", "gpt", "image", "text", b"x"]
+    ),
+    lambda cells: (
+        st.lists(cells, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "type", "text", "image", "path", "url", "bytes"]),
+            cells,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["image", "images", "question", "questions", "answer", "answers", "families", "messages", "conversations"]
+        ),
+        CELLS,
+        max_size=4,
+    )
+)
+@settings(deadline=None, max_examples=500, derandomize=True)
+def test_any_row_is_an_example_or_refused(row):
+    try:
+        example = to_example(row)
+    except BadRowError:
+        return
+    for dialog in example.dialogs:
+        parts = [part for message in dialog for part in message["content"]]
+        assert sum(part == {"type": "image"} for part in parts) == len(example.images)
+        assert all(part["type"] == "image" or isinstance(part["text"], str) for part in parts)

@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenflex.files import save_checkpoint
+from tokenflex.training.arguments import PARTS, TokenFlexTrainingArguments
 from tokenflex.training.optimization import MuonAdamW
 from tokenflex.training.synthetic import SyntheticVQA
 from tokenflex.training.tiny import tiny_model_and_processor
-from tokenflex.training.train import PARTS, TokenFlexTrainingArguments, build_trainer, freeze_parts, main
+from tokenflex.training.train import freeze_parts, main
+from tokenflex.training.trainer import TokenFlexTrainer
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,9 @@ def test_saved_logits_are_those_in_memory(folder, tmp_path, muon):
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, muon=muon, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = build_trainer(model, processor, args, SyntheticVQA(8, 1, questions_per_image=2))
+    trainer = TokenFlexTrainer(
+        model, args, processing_class=processor, train_dataset=SyntheticVQA(8, 1, questions_per_image=2)
+    )
     trainer.train()
     save_checkpoint(tmp_path / "final", trainer.model, processor)
     loaded, reader = load(tmp_path / "final")
@@ -103,7 +107,9 @@ def test_command_line_trains_as_the_function_does(folder, tmp_path):
         str(tmp_path / "function"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = build_trainer(model, processor, args, SyntheticVQA(12, seed=3, questions_per_image=2))
+    trainer = TokenFlexTrainer(
+        model, args, processing_class=processor, train_dataset=SyntheticVQA(12, seed=3, questions_per_image=2)
+    )
     trainer.train()
     assert changed_names(load(train(folder, tmp_path / "command"))[0], trainer.model) == set()
 
@@ -140,7 +146,8 @@ def test_misspelt_part_stops_the_command_before_training(folder, tmp_path):
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         args = TokenFlexTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none")
-        build_trainer(*tiny_model_and_processor(width=32), args, SyntheticVQA(4, 0))
+        model, processor = tiny_model_and_processor(width=32)
+        TokenFlexTrainer(model, args, processing_class=processor, train_dataset=SyntheticVQA(4, 0))
 
 
 def test_dispatched_batches_are_refused(tmp_path):
@@ -148,7 +155,8 @@ def test_dispatched_batches_are_refused(tmp_path):
         args = TokenFlexTrainingArguments(
             str(tmp_path), accelerator_config={"dispatch_batches": True}, report_to="none"
         )
-        build_trainer(*tiny_model_and_processor(width=32), args, SyntheticVQA(4, 0))
+        model, processor = tiny_model_and_processor(width=32)
+        TokenFlexTrainer(model, args, processing_class=processor, train_dataset=SyntheticVQA(4, 0))
 
 
 def test_bad_row_stops_or_is_skipped(folder, tmp_path):
@@ -169,7 +177,10 @@ def test_given_choices_are_the_ones_trained_at(narrow, tmp_path):
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True,
         save_strategy="no",
     )  # fmt: skip
-    trainer = build_trainer(narrow[0], narrow[1], args, SyntheticVQA(8, 1), [9, 25], [1, 1])
+    trainer = TokenFlexTrainer(
+        narrow[0], args, processing_class=narrow[1], train_dataset=SyntheticVQA(8, 1),
+        vision_token_choices=[9, 25], vision_token_weights=[1, 1],
+    )  # fmt: skip
     seen = set()
     handle = narrow[0].model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs["vision_token_grids"].prod(-1).tolist()), with_kwargs=True
@@ -195,7 +206,7 @@ def test_resumed_command_equals_uninterrupted(folder, tmp_path, muon):
 def test_muon_is_what_the_trainer_steps_when_asked(narrow, tmp_path):
     for muon in (False, True):
         args = TokenFlexTrainingArguments(str(tmp_path), muon=muon, use_cpu=True, report_to="none", weight_decay=0.3)
-        trainer = build_trainer(*narrow, args, SyntheticVQA(2, 1))
+        trainer = TokenFlexTrainer(narrow[0], args, processing_class=narrow[1], train_dataset=SyntheticVQA(2, 1))
         trainer.create_optimizer()
         assert isinstance(trainer.optimizer, MuonAdamW) == muon
         assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.3, 0.0}

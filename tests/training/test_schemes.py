@@ -1,0 +1,151 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tokenflex.training import TokenFlexDataCollator
+from tokenflex.training.arguments import TokenFlexTrainingArguments
+from tokenflex.training.data import Example
+from tokenflex.training.schemes import NestedLoss
+from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.training.trainer import TokenFlexTrainer
+
+
+CHOICES, WEIGHTS = [4, 16, 36], [2, 3, 5]
+TEXT = Example([], [[{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]])
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return tiny_model_and_processor(width=32)
+
+
+def rows(with_text=True):
+    drawn = SyntheticVQA(5, 3, questions_per_image=3)
+    return [drawn[0], *([TEXT] if with_text else []), *[drawn[i] for i in range(1, 5)]]
+
+
+def nested_loss(model, processor, scheme="nested", **options):
+    """The loss and gradients that training would have, by way of the collator and its callback alone."""
+    model = copy.deepcopy(model).train()
+    collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=0, scheme=scheme, **options)
+    collator.follows_trainer = True
+    arranged, origin = collator.arrange(collator(rows()), collator.draw(0))
+    loss = NestedLoss(
+        model.loss_function,
+        WEIGHTS,
+        teacher=2,
+        distillation_weight=options.get("distillation_weight", 0),
+        temperature=options.get("distillation_temperature", 1),
+    )
+    loss.rows, model.loss_function = origin, loss
+    value = model(**arranged).loss
+    value.backward()
+    return value.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def separate_outputs(model, processor, count):
+    collator = TokenFlexDataCollator(processor, [count], [1])
+    collator.follows_trainer = True
+    batch = collator(rows())
+    output = model(**batch)
+    return output.loss, output.logits[:, :-1][batch["labels"][:, 1:] != -100]
+
+
+def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow):
+    model, processor = narrow
+    loss, gradients = nested_loss(model, processor)
+    model = copy.deepcopy(model).train()
+    expected = sum(
+        weight / 10 * separate_outputs(model, processor, count)[0] for count, weight in zip(CHOICES, WEIGHTS)
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_distillation_adds_the_divergence_from_the_largest_count(narrow):
+    model, processor = narrow
+    options = {"distillation_weight": 0.7, "distillation_temperature": 2.0}
+    loss, gradients = nested_loss(model, processor, "distill", **options)
+    model = copy.deepcopy(model).train()
+    outputs = [separate_outputs(model, processor, count) for count in CHOICES]
+    teacher = (outputs[2][1].detach() / 2).softmax(-1)
+    expected = sum(weight / 10 * output[0] for output, weight in zip(outputs, WEIGHTS))
+    for (_, logits), weight in zip(outputs[:2], WEIGHTS):
+        divergence = functional.kl_div((logits / 2).log_softmax(-1), teacher, reduction="batchmean")
+        expected = expected + 0.7 * 4 * weight / 5 * divergence
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def fit(narrow, folder, data, batch_size=5, **options):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    passes = []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    args = TokenFlexTrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=batch_size, learning_rate=1e-3, use_cpu=True, seed=5,
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, **options,
+    )  # fmt: skip
+    trainer = TokenFlexTrainer(model, args, processing_class=processor, train_dataset=data)
+    trainer.train()
+    return trainer, passes
+
+
+@pytest.mark.parametrize("scheme", ["nested", "distill"])
+def test_the_tower_sees_each_image_once_per_step(narrow, tmp_path, scheme):
+    trainer, passes = fit(narrow, tmp_path, SyntheticVQA(15, 3), scheme=scheme)
+    assert passes == [5, 5, 5]
+    assert trainer.vision_tokens.histogram == {4: 3, 16: 3, 36: 3}
+    assert float(trainer.vision_tokens.totals["vision_tokens"]) == 3 * 5 * (4 + 16 + 36)
+    assert float(trainer.vision_tokens.totals["images"]) == 15
+
+
+@pytest.mark.parametrize("scheme", ["sample", "nested", "distill"])
+def test_a_step_split_into_micro_batches_is_the_same_step(narrow, tmp_path, scheme):
+    data = [row for _ in range(3) for row in rows()]  # a text-only row among every six
+    whole, _ = fit(narrow, tmp_path, data, 6, scheme=scheme)
+    split, _ = fit(narrow, tmp_path, data, 1, scheme=scheme, gradient_accumulation_steps=6)
+    for first, second in zip(whole.state.log_history, split.state.log_history):
+        assert first.get("loss") == pytest.approx(second.get("loss"), abs=1e-4)
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(weight, split.model.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_every_sample_has_a_draw_of_its_own(narrow, tmp_path):
+    model, processor = narrow
+    collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=1, scheme="sample")
+    collator.follows_trainer = True
+    drawn = collator.draw(3, samples=range(5))
+    assert len(set(drawn)) > 1
+    arranged, _ = collator.arrange(collator(rows(with_text=False)), drawn)
+    assert (arranged["input_ids"] == processor.image_token_id).sum(-1).tolist() == drawn
+    assert [collator.draw(3, samples=[i])[0] for i in range(5)] == drawn
+
+
+def test_the_models_own_loss_is_back_after_training(narrow, tmp_path):
+    trainer, _ = fit(narrow, tmp_path, SyntheticVQA(15, 3), scheme="distill")
+    assert not isinstance(trainer.model.loss_function, NestedLoss)
+    assert trainer.evaluate(SyntheticVQA(2, 4)).keys() >= {"eval_4_accuracy", "eval_16_accuracy", "eval_36_accuracy"}
+
+
+def test_a_batch_without_images_is_not_repeated(narrow, tmp_path):
+    nested, passes = fit(narrow, tmp_path, [TEXT] * 15, scheme="nested")
+    plain, _ = fit(narrow, tmp_path, [TEXT] * 15)
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (nested, plain)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert passes == [1, 1, 1], "the blank image"
+
+
+def test_unknown_schemes_and_settings_that_cannot_work_are_refused(narrow):
+    with pytest.raises(ValueError, match="`scheme`='batches': the schemes are batch, sample, nested, distill"):
+        TokenFlexDataCollator(narrow[1], scheme="batches")
+    with pytest.raises(ValueError, match="distillation_temperature`=0"):
+        TokenFlexDataCollator(narrow[1], scheme="distill", distillation_temperature=0)
+    with pytest.raises(ValueError, match="callbacks"):
+        TokenFlexDataCollator(narrow[1], CHOICES, WEIGHTS, scheme="nested")(rows())

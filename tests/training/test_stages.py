@@ -1,0 +1,192 @@
+"""`tokenflex train` as a command: stages, recipes, going on where it was stopped."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tokenflex.files import save_checkpoint
+from tokenflex.training.arguments import RECIPES
+from tokenflex.training.lora import merge_adapters
+from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.training.train import find_checkpoint, freeze_parts, main
+
+
+SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+PART_OF_HEAD = {"lm_head.weight": "language_model"}
+TRAINED = {
+    "full/stage1.yaml": {"multi_modal_projector"},
+    "full/stage2.yaml": {"vision_tower", "multi_modal_projector"},
+    "full/stage3.yaml": {"vision_tower", "multi_modal_projector", "language_model"},
+    "small/stage1.yaml": {"multi_modal_projector", "language_model"},
+    "small/stage2.yaml": {"vision_tower", "multi_modal_projector"},
+    "small/stage3.yaml": {"vision_tower", "multi_modal_projector", "language_model"},
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "checkpoint"
+    save_checkpoint(folder, *tiny_model_and_processor(width=32))
+    return folder
+
+
+def command(start, output_dir, *options, steps=4):
+    main([
+        "--model_name_or_path", str(start), "--output_dir", str(output_dir), "--dataset", "synthetic:12",
+        "--max_steps", str(steps), "--per_device_train_batch_size", "2", "--use_cpu", "true", "--bf16", "false",
+        "--report_to", "none", "--disable_tqdm", "true", "--dataloader_num_workers", "0", *map(str, options),
+    ])  # fmt: skip
+
+
+def hashes(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    return {name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in model.state_dict().items()}
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_a_stage_changes_exactly_the_parameters_it_says(start, tmp_path, recipe):
+    command(
+        start, tmp_path, "--config", recipe, "--learning_rate", "0.01", "--warmup_steps", "1", "--weight_decay", "0.1"
+    )
+    before = hashes(start)
+    moved = changed(before, hashes(tmp_path / "final"))
+    trained = {name for name in before if PART_OF_HEAD.get(name, name.split(".")[1]) in TRAINED[recipe]}
+    assert moved == trained
+
+
+def test_three_stages_are_one_command_that_can_be_given_again(start, tmp_path, caplog):
+    recipes = ["--config", *(f"small/stage{i}.yaml" for i in (1, 2, 3)), "--save_strategy", "no"]
+    command(start, tmp_path, *recipes, steps=2)
+    finals = [hashes(tmp_path / f"stage{i}" / "final") for i in (1, 2, 3)]
+    assert {name.split(".")[1] for name in changed(finals[0], finals[1])} == {"vision_tower", "multi_modal_projector"}
+    written = [(tmp_path / f"stage{i}" / "final" / "model.safetensors").stat().st_mtime_ns for i in (1, 2, 3)]
+    shutil.rmtree(tmp_path / "stage3" / "final")
+    command(start, tmp_path, *recipes, steps=2)
+    again = [(tmp_path / f"stage{i}" / "final" / "model.safetensors").stat().st_mtime_ns for i in (1, 2, 3)]
+    assert again[:2] == written[:2] and again[2] != written[2]
+    assert "this run has ended" in caplog.text
+    assert hashes(tmp_path / "stage3" / "final") == finals[2]
+    alone = ["--config", "small/stage2.yaml", "--save_strategy", "no"]
+    command(tmp_path / "stage1" / "final", tmp_path / "alone", *alone, steps=2)
+    assert hashes(tmp_path / "alone" / "final") == finals[1], "a stage begins with the checkpoint of the one before"
+
+
+def test_a_slip_in_the_last_recipe_shows_before_the_first_stage(start, tmp_path):
+    (tmp_path / "bad.yaml").write_text("packign: true")
+    with pytest.raises(ValueError, match="Did you mean `packing`"):
+        command(start, tmp_path / "out", "--config", "small/stage1.yaml", tmp_path / "bad.yaml")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--packing", "true"), ("--lora_rank", "4", "--lora_dropout", "0.1")])
+def test_the_same_command_goes_on_where_it_was_stopped(start, tmp_path, options):
+    options = (*options, "--save_strategy", "steps", "--save_steps", "2")
+    command(start, tmp_path / "whole", *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for rest in ("final", "checkpoint-4", "adapter"):
+        shutil.rmtree(tmp_path / "stopped" / rest, ignore_errors=True)
+    (tmp_path / "stopped" / ".incomplete" / "checkpoint-3").mkdir(parents=True)
+    command(start, tmp_path / "stopped", *options)
+    assert hashes(tmp_path / "stopped" / "final") == hashes(tmp_path / "whole" / "final")
+    state = json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert not (tmp_path / "stopped" / ".incomplete").exists()
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_and_says_what_differs(start, tmp_path, caplog):
+    options = ("--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant")
+    command(start, tmp_path / "grown", *options, steps=2)
+    command(start, tmp_path / "grown", *options, steps=4)
+    assert "with other values of max_steps" in caplog.text
+    command(start, tmp_path / "whole", *options, steps=4)
+    assert hashes(tmp_path / "grown" / "final") == hashes(tmp_path / "whole" / "final")
+
+
+def test_anew_is_anew(start, tmp_path):
+    command(start, tmp_path, "--save_strategy", "steps", "--save_steps", "2")
+    first = hashes(tmp_path / "final")
+    command(start, tmp_path, "--resume_from_checkpoint", "false", "--save_strategy", "no", "--seed", "7")
+    assert changed(first, hashes(tmp_path / "final"))
+
+
+def test_a_folder_of_another_model_is_not_gone_on_from(start, tmp_path):
+    command(start, tmp_path / "run", "--save_strategy", "steps", "--save_steps", "4")
+    save_checkpoint(tmp_path / "wider", *tiny_model_and_processor(width=64))
+    with pytest.raises(ValueError, match=r"another model, which differs in vision_config.hidden_size \(32, not 64\)"):
+        command(tmp_path / "wider", tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a whole model, but adapters are to be trained"):
+        command(start, tmp_path / "run", "--lora_rank", "4")
+    command(start, tmp_path / "lora", "--lora_rank", "4", "--save_strategy", "steps", "--save_steps", "4")
+    with pytest.raises(ValueError, match=r"differs in lora_rank \(4, not 8\)"):
+        command(start, tmp_path / "lora", "--lora_rank", "8")
+    assert hashes(tmp_path / "run" / "final")
+
+
+def test_checkpoints_that_are_not_there_are_named(tmp_path):
+    assert find_checkpoint("auto", tmp_path) is None and find_checkpoint(None, tmp_path) is None
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_checkpoint("true", tmp_path)
+    with pytest.raises(ValueError, match="is no checkpoint of a training run"):
+        find_checkpoint(str(tmp_path), tmp_path)
+
+
+def test_adapters_train_and_are_merged_into_a_checkpoint(start, tmp_path):
+    command(start, tmp_path, "--lora_rank", "4", "--learning_rate", "0.01")
+    moved = changed(hashes(start), hashes(tmp_path / "final"))
+    assert {name for name in moved if "multi_modal_projector" in name}
+    assert all("multi_modal_projector" in name or name.endswith("_proj.weight") for name in moved)
+    assert not any("vision_tower" in name for name in moved)
+    merged = merge_adapters(start, tmp_path / "adapter").state_dict()
+    final = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
+    assert all(torch.equal(weight, merged[name]) for name, weight in final.state_dict().items())
+    with pytest.raises(ValueError, match="Leave `freeze` out"):
+        command(start, tmp_path / "other", "--lora_rank", "4", "--freeze", "vision_tower")
+    with pytest.raises(ValueError, match="Give a `lora_rank`"):
+        command(start, tmp_path / "other", "--load_in_4bit", "true")
+
+
+def test_mixed_streamed_and_long_rows_train_from_the_command_line(start, tmp_path):
+    turns = [{"from": "human", "value": "tell me"}, {"from": "gpt", "value": "and so on " * 300}]
+    lines = [json.dumps({"conversations": turns}), "{broken", json.dumps({"question": "two?", "answer": "four"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines * 3))
+    for number, options in enumerate(
+        [("--on_long_row", "truncate"), ("--on_long_row", "skip", "--streaming", "true")]
+    ):
+        out = tmp_path / str(number)
+        sets = ("--dataset", tmp_path / "rows.jsonl", "synthetic:6", "--dataset_weights", "2", "1")
+        if number == 1:
+            sets = ("--dataset", tmp_path / "rows.jsonl")
+        limits = ("--max_length", "128", "--on_bad_row", "skip", "--logging_steps", "1", "--save_steps", "4")
+        command(start, out, *sets, *limits, *options)
+        state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+        skipped = [log["skipped_rows"] for log in state["log_history"] if "skipped_rows" in log]
+        assert (skipped[-1] > 0) == (number == 1)
+
+
+def test_the_command_evaluates_at_every_count_and_keeps_the_best(start, tmp_path):
+    options = ("--eval_dataset", "synthetic:2@9", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2")
+    command(start, tmp_path, *options, "--load_best_model_at_end", "true")
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    logged = [log for log in state["log_history"] if "eval_accuracy" in log]
+    assert len(logged) == 2 and {"eval_4_accuracy", "eval_16_accuracy", "eval_36_accuracy"} <= logged[0].keys()
+    assert hashes(tmp_path / "final") == hashes(state["best_model_checkpoint"])
+
+
+def test_weights_that_features_do_not_depend_on_are_not_trained():
+    model = tiny_model_and_processor(width=32)[0]
+    model.config.vision_feature_layer = model.model.config.vision_feature_layer = 1
+    freeze_parts(model, [])
+    idle = {name for name, weight in model.model.vision_tower.named_parameters() if not weight.requires_grad}
+    assert idle and all(name.startswith(("encoder.layers.1", "encoder.layers.2", "post_layernorm")) for name in idle)
+    batch = {"input_ids": torch.tensor([[7, 8, 9]]), "labels": torch.tensor([[7, 8, 9]])}
+    model.train()(**batch).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
