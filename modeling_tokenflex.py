@@ -99,9 +99,7 @@ class TokenFlexProjector(nn.Module):
         pooled = along_columns @ pooled.view(num_images, grid[0], self.patch_grid[1], width)
         return pooled.view(num_images, grid[0] * grid[1], width)
 
-    def forward(
-        self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]
-    ) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """
         Args:
             patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
@@ -110,18 +108,19 @@ class TokenFlexProjector(nn.Module):
                 (rows, columns) for each image.
 
         Returns:
-            `torch.Tensor` of shape `(num_images, num_vision_tokens, hidden_size)` when all grids are equal, else a
-            list with one `(num_vision_tokens, hidden_size)` tensor per image.
+            `torch.Tensor` of shape `(num_images, num_vision_tokens, hidden_size)` when all grids are equal, else of
+            shape `(total_vision_tokens, hidden_size)`, image by image. One tensor from one call of SwiGLU, whatever the
+            grids: where weights are shared out between processes, all of them have to make the same calls.
         """
         patch_features = patch_features.to(self.swiglu.gate.weight.dtype)
         if len(set(grids)) == 1:
             return self.swiglu(self.pool(patch_features, grids[0]))
-        features = [None] * len(grids)
+        pooled = [None] * len(grids)
         for grid in dict.fromkeys(grids):
             members = [i for i, other in enumerate(grids) if other == grid]
-            for i, tokens in zip(members, self.swiglu(self.pool(patch_features[members], grid))):
-                features[i] = tokens
-        return features
+            for i, tokens in zip(members, self.pool(patch_features[members], grid)):
+                pooled[i] = tokens
+        return self.swiglu(torch.cat(pooled))
 
 
 @dataclass
@@ -307,9 +306,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes {width}: "
                 "keep features, and draft with an assistant, of a model with the same tower."
             )
+        features = self.multi_modal_projector(patch_features, grids)
+        if len(set(grids)) > 1:
+            features = list(features.split([rows * columns for rows, columns in grids]))
         return TokenFlexImageOutput(
             last_hidden_state=patch_features,
-            pooler_output=self.multi_modal_projector(patch_features, grids),
+            pooler_output=features,
             vision_token_grids=list(grids),
         )
 
@@ -487,6 +489,19 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                     f"`attn_implementation`={implementation!r} takes no mask that keeps segments of a row apart: load "
                     "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
                 )
+            text_config = self.language_model.config
+            windowed = {"sliding_attention", "chunked_attention"} & set(
+                getattr(text_config, "layer_types", None) or ()
+            )
+            windows = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+            window = min((size for size in windows if size), default=inputs_embeds.shape[1])
+            if segment_ids is not None and windowed and inputs_embeds.shape[1] > window:
+                raise ValueError(
+                    f"Rows of {inputs_embeds.shape[1]} tokens are longer than the attention window of {window}, which "
+                    "counts the segments that stand between a segment and its prefix: give each question a row of its own."
+                )
+            if attention_mask is None:
+                attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
             position_ids = packed_position_ids(segment_ids, sample_ids)
             attention_mask = create_masks_for_generate(
                 config=self.language_model.config,

@@ -153,6 +153,52 @@ def test_implementations_of_attention_agree_on_segments(tiny):
     assert not torch.equal(changed[:, -5], expected[:, -5])
 
 
+def test_segments_need_no_mask_and_fit_the_attention_window():
+    model, processor = tiny_model_and_processor(width=32)
+    inputs = encode(processor, [1])
+    inputs["segment_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs["segment_ids"][:, -6:-3], inputs["segment_ids"][:, -3:] = 1, 2
+    masked = model.eval()(**inputs).logits
+    torch.testing.assert_close(model(**{k: v for k, v in inputs.items() if k != "attention_mask"}).logits, masked)
+    text_config = model.model.language_model.config
+    text_config.layer_types = ["sliding_attention"] * len(text_config.layer_types)
+    text_config.sliding_window = inputs["input_ids"].shape[1]
+    torch.testing.assert_close(model(**inputs).logits, masked)
+    text_config.sliding_window -= 1
+    with pytest.raises(ValueError, match="longer than the attention window"):
+        model(**inputs)
+
+
+def test_images_may_appear_in_another_order_and_more_than_once(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [1, 2])
+    expected = model(**inputs).logits
+    shuffled = {**inputs, "pixel_values": inputs["pixel_values"][[2, 0, 1]]}
+    torch.testing.assert_close(model(**shuffled, image_indices=torch.tensor([1, 2, 0])).logits, expected)
+    same = {**inputs, "pixel_values": inputs["pixel_values"][[0, 0, 1]]}
+    once = {**inputs, "pixel_values": inputs["pixel_values"][:2]}
+    torch.testing.assert_close(model(**once, image_indices=torch.tensor([0, 0, 1])).logits, model(**same).logits)
+    with pytest.raises(ValueError, match="lists 3"):
+        model(**{**once, "vision_token_grids": inputs["vision_token_grids"]}, image_indices=torch.tensor([0, 1]))
+
+
+def test_a_batch_without_images_has_gradients_for_tower_and_projector():
+    model = tiny_model_and_processor(width=32)[0].train()
+    batch = {"input_ids": torch.tensor([[7, 8, 9]]), "labels": torch.tensor([[7, 8, 9]])}
+    loss = model(**batch).loss
+    loss.backward()
+    for name, weight in model.named_parameters():
+        is_visual = "vision_tower" in name or "multi_modal_projector" in name
+        assert weight.grad is not None and (weight.grad == 0).all() == is_visual, name
+    torch.testing.assert_close(model.eval()(**batch).loss, loss)
+    model.train().model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    passes = []
+    model.model.vision_tower.register_forward_hook(lambda *args: passes.append(1))
+    model(**batch)
+    assert not passes, "nothing to keep in step"
+
+
 def test_a_count_set_on_loading_is_checked(tiny, tmp_path):
     save_checkpoint(tmp_path / "checkpoint", *tiny)
     with pytest.raises(ValueError, match="`num_vision_tokens`=17"):

@@ -1,5 +1,6 @@
 """What `tokenflex train` can be told, on the command line or in a recipe."""
 
+import argparse
 import difflib
 import json
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Checkpoint folder or Hub id of a TokenFLEX model."})
     freeze: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Parts of the model that are not trained, of {', '.join(PARTS)}."},
+        metadata={"help": f"Parts of the model that are not trained, of {', '.join(PARTS)}; `none` is none of them."},
     )
     dtype: str | None = field(
         default=None,
@@ -96,18 +97,18 @@ class TokenFlexTrainingArguments(TrainingArguments):
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Use Muon on hidden matrices and AdamW on the rest, with one learning rate. Helps models that are "
-            "trained from scratch."
+            "help": "Use Muon on hidden matrices and AdamW with betas of 0.9 and 0.98 on the rest, in place of `optim`, "
+            "with one learning rate. Helps models that are trained from scratch."
         },
     )
     eval_max_new_tokens: int = field(
         default=16, metadata={"help": "The longest answer when evaluating while training, in tokens."}
     )
     resume_from_checkpoint: str | None = field(
-        default="auto",
+        default=None,
         metadata={
-            "help": "`auto` goes on from the last checkpoint in `output_dir`, if there is one; `true` demands one; "
-            "`false` starts anew; else the checkpoint's folder."
+            "help": "What `tokenflex train` goes on from: `auto`, its default, is the last checkpoint in `output_dir`, if "
+            "there is one; `true` demands one; `false` starts anew; else the checkpoint's folder."
         },
     )
     remove_unused_columns: bool = field(
@@ -115,7 +116,7 @@ class TokenFlexTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
         super().__post_init__()
         own_rates = self.vision_tower_learning_rate is not None or self.projector_learning_rate is not None
@@ -123,19 +124,20 @@ class TokenFlexTrainingArguments(TrainingArguments):
             raise ValueError("`muon`=True has one learning rate: leave the parts' own learning rates out, or Muon.")
 
 
-def read_recipe(path: str | Path, fields: Sequence[str]) -> list[str]:
+def read_recipe(path: str | Path, fields: Sequence[argparse.Action]) -> list[str]:
     """
     Reads a YAML file of field names and values as command-line arguments.
 
     Args:
         path (`str` or `Path`): The file.
-        fields (`Sequence[str]`): The names that exist.
+        fields (`Sequence[argparse.Action]`): A parser's arguments.
 
     Returns:
         `list[str]`: The arguments, to be put before those of the command line, which then have the last word.
 
     Raises:
-        ValueError: If the file is missing or no YAML mapping, or names a field that does not exist.
+        ValueError: If the file is missing or no YAML mapping, names a field that does not exist, or lists values for a
+            field that takes one.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,7 +148,7 @@ def read_recipe(path: str | Path, fields: Sequence[str]) -> list[str]:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} has to hold `field: value` lines, but holds {type(values).__name__}.")
-    arguments = []
+    arguments, fields = [], {field.dest: field for field in fields}
     for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
@@ -154,8 +156,14 @@ def read_recipe(path: str | Path, fields: Sequence[str]) -> list[str]:
             raise ValueError(f"{path}: there is no field `{name}`. {hint}")
         if value is None or value == []:
             continue
-        written = [value] if not isinstance(value, list) else value
-        arguments += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in written)]
+        if value is False and "no" in (fields[name].choices or ()):
+            value = "no"  # which YAML takes for false
+        if isinstance(value, list) and fields[name].nargs == "+":
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list):
+            raise ValueError(f"{path}: `{name}` takes one value, not {value}.")
+        else:
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -21,7 +22,7 @@ class VisionTokenCallback(TrainerCallback):
         num_vision_tokens (`float`): The mean of the counts that the last step trained at.
         histogram (`collections.Counter`): How often each count was drawn since training began, resumed parts included.
         totals (`dict[str, torch.Tensor]`): `tokens` (without padding), `vision_tokens`, `images` (tiles count one by
-            one) and `skipped_rows` that this process trained on since it began.
+            one), `skipped_rows` and `truncated_rows` that this process met since it began.
     """
 
     def __init__(self, collator):
@@ -30,9 +31,8 @@ class VisionTokenCallback(TrainerCallback):
         self.micro_step = 0
         self.drawn = []
         self.histogram = Counter()
-        self.totals = {"tokens": 0, "vision_tokens": 0, "images": 0, "skipped_rows": 0}
+        self.totals = {"tokens": 0, "vision_tokens": 0, "images": 0, "skipped_rows": 0, "truncated_rows": 0}
         self._args = None
-        self._hook = None
         self._loss = None
 
     @property
@@ -53,20 +53,24 @@ class VisionTokenCallback(TrainerCallback):
             raise ValueError(
                 "`accelerator_config.dispatch_batches`=True splits a batch's images unlike its prompts. Use False."
             )
-        # What accelerate would take for streamed data if nothing is said.
-        args.accelerator_config.dispatch_batches = False
         collator = self.collator
         if collator.vision_token_choices is None:
             collator.vision_token_choices = list(model.config.vision_token_choices)
             collator.vision_token_weights = list(model.config.vision_token_weights)
+        collator.check_distillation()
         if collator.seed is None:
             collator.seed = args.seed
         collator.follows_trainer = True
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._remove_hook()
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if isinstance(train_dataloader, DataLoaderDispatcher):
+            raise ValueError(
+                "The rows are an iterable data set, whose batches accelerate would hand out from one process, with a "
+                'batch\'s images split unlike its prompts: set `accelerator_config={"dispatch_batches": False}`.'
+            )
         self._args = args
-        self._hook = model.register_forward_pre_hook(self._arrange, with_kwargs=True)
+        self._remove_hook(model)
+        model._vision_token_hook = model.register_forward_pre_hook(self._arrange, with_kwargs=True)
         collator = self.collator
         # A model with adapters calls the loss function of the one inside it.
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -94,13 +98,21 @@ class VisionTokenCallback(TrainerCallback):
         self.micro_step = 0
         self.drawn = []
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._loss is not None and self._loss.rows is not None:
+            raise ValueError(
+                f"`scheme`={self.collator.scheme!r} weighs the losses of the counts in the model's `loss_function`, which "
+                "was not called: TRL's SFTTrainer and Liger compute the loss without it. Use `Trainer` without Liger, or "
+                "the scheme 'batch' or 'sample'."
+            )
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
             logs["num_vision_tokens"] = self.num_vision_tokens
             state.log_history[-1]["num_vision_tokens"] = self.num_vision_tokens
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._remove_hook()
+        self._remove_hook(model)
         if self._loss is not None:
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
             model.loss_function = self._loss.fallback
@@ -110,10 +122,12 @@ class VisionTokenCallback(TrainerCallback):
             shares = (f"{count}: {times} ({times / drawn:.1%})" for count, times in sorted(self.histogram.items()))
             logger.warning(f"Vision-token counts drawn over {state.global_step} steps: {', '.join(shares)}.")
 
-    def _remove_hook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    @staticmethod
+    def _remove_hook(model):
+        """Also one that another collator's interrupted training has left."""
+        if hasattr(model, "_vision_token_hook"):
+            model._vision_token_hook.remove()
+            del model._vision_token_hook
 
     def _samples(self, micro_step: int, batch_size: int) -> range:
         """The samples of a micro-batch, counted over all micro-batches and processes of the step."""
@@ -124,7 +138,7 @@ class VisionTokenCallback(TrainerCallback):
     @torch.compiler.disable
     def _arrange(self, model, args, kwargs):
         kwargs = dict(kwargs)
-        skipped = kwargs.pop("num_skipped_rows", None)
+        skipped, truncated = kwargs.pop("num_skipped_rows", 0), kwargs.pop("num_truncated_rows", 0)
         if self._loss is not None:
             self._loss.rows = None
         if not model.training:
@@ -144,8 +158,10 @@ class VisionTokenCallback(TrainerCallback):
         self.totals["tokens"] += arranged["input_ids"].numel() if mask is None else mask.sum()
         self.totals["vision_tokens"] += 0 if grids is None else grids.prod(-1).sum()
         self.totals["images"] += 0 if grids is None else len(arranged["pixel_values"])
-        self.totals["skipped_rows"] += 0 if skipped is None else skipped.sum()
+        self.totals["skipped_rows"] += skipped
+        self.totals["truncated_rows"] += truncated
+        arranged.setdefault("use_cache", False)  # the language model's own default would keep keys and values
         return args, arranged
 
     def __getstate__(self):
-        return {**self.__dict__, "_hook": None, "_loss": None}  # these belong to the process that trains
+        return {**self.__dict__, "_loss": None}  # it belongs to the process that trains

@@ -112,6 +112,7 @@ class TokenFlexDataCollator:
         self.max_length = max_length
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
+        self.check_distillation()
         self.callback = VisionTokenCallback(self)
         self.follows_trainer = False
         self._num_batches = 0
@@ -126,8 +127,8 @@ class TokenFlexDataCollator:
             `(batch_size, sequence_length)`, and `segment_ids` where a row has several questions; if there are images,
             `pixel_values` of shape `(num_tiles, num_channels, height, width)` and `vision_token_grids` of shape
             `(num_tiles, 2)`, where an uncut image is one tile, and `image_sizes` and `num_tiles` as the processor
-            returns them. With the callback, `num_skipped_rows` counts the unusable rows that were passed over. Without
-            it the batch is drawn and packed already; with it, that waits for the step.
+            returns them. With the callback, `num_skipped_rows` and `num_truncated_rows` count the unusable rows that
+            were passed over and those that were cut, if there are any. Without it the batch is drawn and packed already; with it, that waits for the step.
 
         Raises:
             BadRowError: If a row cannot be used.
@@ -139,7 +140,9 @@ class TokenFlexDataCollator:
                 "model's config, or pass `vision_token_choices` and `vision_token_weights`."
             )
         examples = [to_example(row) for row in rows]
-        batch = self._pad(self._encode(examples))
+        whole = self._encode(examples)
+        rows = [self._truncate(row, example) for row, example in zip(whole, examples)]
+        batch = self._pad(rows)
         images = [image for example in examples for image in example.images]
         if images:
             batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
@@ -147,7 +150,24 @@ class TokenFlexDataCollator:
         if not self.follows_trainer:
             return self._arrange_alone(batch)
         skipped = sum(example.skipped for example in examples)
-        return {**batch, "num_skipped_rows": torch.tensor([skipped])} if skipped else batch
+        truncated = sum(len(row[0]) < len(before[0]) for row, before in zip(rows, whole))
+        counted = {"num_skipped_rows": skipped, "num_truncated_rows": truncated}
+        return {**batch, **{name: torch.tensor([number]) for name, number in counted.items() if number}}
+
+    def check_distillation(self) -> None:
+        """
+        Raises:
+            ValueError: If there is no smaller count to distil into.
+        """
+        if self.scheme != "distill" or self.vision_token_choices is None:
+            return
+        largest = max(self.vision_token_choices)
+        if not any(w for n, w in zip(self.vision_token_choices, self.vision_token_weights) if n != largest):
+            raise ValueError(
+                f"`scheme`='distill' with `vision_token_choices`={list(self.vision_token_choices)} and "
+                f"`vision_token_weights`={list(self.vision_token_weights)}: a smaller count with a weight above 0 has to "
+                "learn from the largest. Add one, or use the scheme 'batch'."
+            )
 
     def measure(self, row: dict | Example) -> tuple[int, int]:
         """
@@ -155,7 +175,7 @@ class TokenFlexDataCollator:
         its last image and the first token of an answer.
         """
         example = to_example(row)
-        ids, labels, _ = self._encode([example], truncate=False)[0]
+        ids, labels, _ = self._encode([example])[0]
         added = self._num_added_tokens(example)
         last_image = max((i for i, token in enumerate(ids) if token == self.processor.image_token_id), default=0)
         first_answer = next(i for i, label in enumerate(labels) if label != -100)
@@ -240,9 +260,7 @@ class TokenFlexDataCollator:
         counts = self.draw(self._num_batches - 1, samples=range(len(batch["input_ids"])))
         return self.arrange(batch, counts)[0]
 
-    def _encode(
-        self, examples: Sequence[Example], truncate: bool = True
-    ) -> list[tuple[list[int], list[int], list[int]]]:
+    def _encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], list[int]]]:
         """(input ids, labels, segment ids) of each example, with one placeholder per image."""
         pieces, owners = [], []
         for index, example in enumerate(examples):
@@ -255,16 +273,12 @@ class TokenFlexDataCollator:
         for ids, (index, number, is_answer) in zip(encoded, owners):
             dialogs[index][number][0].extend(ids)
             dialogs[index][number][1].extend(ids if is_answer else [-100] * len(ids))
-        rows = [self._share_prefix(dialogs[i], len(example.images)) for i, example in enumerate(examples)]
-        if self.max_length is None or not truncate:
-            return rows
-        return [self._truncate(row, example) for row, example in zip(rows, examples)]
+        return [self._share_prefix(dialogs[i], len(example.images)) for i, example in enumerate(examples)]
 
     def _truncate(
         self, row: tuple[list[int], list[int], list[int]], example: Example
     ) -> tuple[list[int], list[int], list[int]]:
-        end = self.max_length - self._num_added_tokens(example)
-        if end >= len(row[0]):
+        if self.max_length is None or (end := self.max_length - self._num_added_tokens(example)) >= len(row[0]):
             return row
         needed = self.measure(example)[1]
         if needed > self.max_length:

@@ -97,6 +97,7 @@ def load_rows(
     shuffle_buffer: int = 1000,
     seed: int = 0,
     measure: Callable[[Example], tuple[int, int]] | None = None,
+    endless: bool = False,
 ) -> Rows | MixedRows | StreamedRows:
     """
     Loads and checks one data set or a mixture.
@@ -124,6 +125,7 @@ def load_rows(
             From how many rows a streamed row is drawn; 0 keeps their order.
         seed (`int`, *optional*, defaults to 0): The seed of synthetic images and of the order of streamed rows.
         measure (`Callable`, *optional*): Counts a row's tokens as [`RowChecker`] says. Needed with `max_length`.
+        endless (`bool`, *optional*, defaults to `False`): Whether streamed rows begin anew when they end.
 
     Returns:
         [`Rows`], [`MixedRows`] of several data sets, or [`StreamedRows`]
@@ -164,5 +166,5 @@ def load_rows(
             when = "lazily" if isinstance(rows, SyntheticVQA) else check_rows
             sources.append(Rows(rows, name, folder, check_rows=when, **options))
     if streaming:
-        return StreamedRows(sources, dataset_weights, shuffle_buffer, seed)
+        return StreamedRows(sources, dataset_weights, shuffle_buffer, seed, endless)
     return sources[0] if len(sources) == 1 else MixedRows(sources, dataset_weights)

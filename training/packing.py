@@ -38,6 +38,34 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def plan_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """
+    The rows that samples are packed into: of several capacities, from the longest sample to twice that, the one that
+    leaves the fewest positions in all.
+
+    Args:
+        lengths (`Sequence[int]`): The samples' lengths.
+
+    Returns:
+        `list[list[int]]`: The samples of each row.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.training.packing import plan_rows
+
+    >>> plan_rows([8, 5, 5, 5])  # 2 rows of 13 rather than 4 of 8
+    [[0, 1], [2, 3]]
+    ```
+    """
+    longest = max(lengths)
+
+    def size(rows: list[list[int]]) -> int:
+        return len(rows) * max(sum(lengths[sample] for sample in members) for members in rows)
+
+    return min((first_fit(lengths, longest * quarters // 4) for quarters in range(4, 9)), key=size)
+
+
 def stack_rows(batches: Sequence[dict[str, torch.Tensor]], pad_token_id: int | None = None) -> dict[str, torch.Tensor]:
     """
     The rows of several re-counts of one batch below each other; the images stay single, and `image_indices` says which
@@ -68,8 +96,9 @@ def pack_rows(
     one_row: bool = False,
 ) -> tuple[dict[str, torch.Tensor], torch.LongTensor]:
     """
-    Moves a batch's rows together into as few rows as they fit, each no longer than the longest was. Samples keep apart:
-    `sample_ids` gives each its own positions and attention, and `image_indices` its own images.
+    Moves a batch's rows together ([`plan_rows`]), so that little is padding. Samples keep apart: `sample_ids` gives each
+    its own positions and attention, and `image_indices` its own images. A batch that nothing is gained by comes back as
+    it is.
 
     Args:
         batch (`dict[str, torch.Tensor]`): A collator's batch.
@@ -95,7 +124,9 @@ def pack_rows(
         )
     mask = batch["attention_mask"].bool()
     lengths = mask.sum(-1).tolist()
-    rows = [list(range(len(lengths)))] if one_row else first_fit(lengths, max(lengths))
+    rows = [list(range(len(lengths)))] if one_row else plan_rows(lengths)
+    if len(rows) == len(lengths) and not one_row:
+        return batch, torch.where(mask, torch.arange(len(lengths), device=device)[:, None], -1)
     order = [row for members in rows for row in members]
     width = max(sum(lengths[row] for row in members) for members in rows)
 
@@ -121,7 +152,6 @@ def pack_rows(
             packed[key] = moved(batch[key].flatten()[source], fill)
     if one_row:
         packed["position_ids"] = torch.cat([torch.arange(lengths[row]) for row in order]).to(device)[None]
-        packed["use_cache"] = False  # behind a cache transformers does not read samples off the positions
         del packed["attention_mask"]
     else:
         packed["sample_ids"] = moved(torch.cat(samples).to(device), -1)

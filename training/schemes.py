@@ -72,9 +72,10 @@ class NestedLoss:
             return self.fallback(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
             )
+        rows, self.rows = self.rows, None
         labelled = labels[:, 1:] != -100
         # Sorted by the row they came from, every count has the same tokens in the same order.
-        order = self.rows[:, 1:][labelled].argsort(stable=True)
+        order = rows[:, 1:][labelled].argsort(stable=True)
         counts = len(self.weights)
         targets = labels[:, 1:][labelled][order]
         scores = logits[:, :-1][labelled][order].float()

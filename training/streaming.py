@@ -1,5 +1,6 @@
 """Rows read one after the other, for data sets that are too large to be checked or held first."""
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,9 @@ class StreamedRows(IterableDataset):
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Each source's next row is drawn from so many; 0 keeps its order.
         seed (`int`, *optional*, defaults to 0): The seed of the order and of the mixture.
+        endless (`bool`, *optional*, defaults to `False`):
+            Whether the next epoch follows the last, as training needs it: a `Trainer` finds its place in a stream
+            again by the number of rows it has read.
 
     Raises:
         ValueError: If `shuffle_buffer` is negative, or the weights do not fit the sources.
@@ -55,6 +59,7 @@ class StreamedRows(IterableDataset):
         weights: Sequence[float] | None = None,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        endless: bool = False,
     ):
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer`={shuffle_buffer}: use a number of rows, or 0 to keep their order.")
@@ -65,6 +70,7 @@ class StreamedRows(IterableDataset):
         self.weights = None if weights is None else [float(share) for share in check_weights(weights, len(sources))]
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
+        self.endless = endless
         self._epoch = torch.tensor(0).share_memory_()  # persistent workers are to see what the Trainer sets
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,15 +80,23 @@ class StreamedRows(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        seed = (self.seed, int(self._epoch), worker)
-        passes = [partial(self._pass, place, worker, num_workers, seed) for place in range(len(self.sources))]
         skipped = 0
-        for example in self._one_by_one(passes) if self.weights is None else self._mixed(passes, seed):
-            if example is None:
-                skipped += 1
-            else:
-                yield replace(example, skipped=skipped)
-                skipped = 0
+        for epoch in itertools.count(int(self._epoch)):
+            seed = (self.seed, epoch, worker)
+            passes = [partial(self._pass, place, worker, num_workers, seed) for place in range(len(self.sources))]
+            usable = False
+            for example in self._one_by_one(passes) if self.weights is None else self._mixed(passes, seed):
+                if example is None:
+                    skipped += 1
+                else:
+                    yield replace(example, skipped=skipped)
+                    skipped, usable = 0, True
+            if not self.endless:
+                return
+            if not usable:
+                raise BadRowError(
+                    f"There are no usable rows for worker {worker} of {num_workers}: use fewer `dataloader_num_workers`."
+                )
 
     def _pass(
         self, place: int, worker: int, num_workers: int, seed: tuple[int, ...], number: int

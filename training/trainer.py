@@ -1,15 +1,16 @@
 """The Trainer with what flexible token counts add: their figures, their scores, and checkpoints that are whole or not there."""
 
+import os
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 from ..evaluation.sweep import predict, score
@@ -21,7 +22,7 @@ from .optimization import MuonAdamW
 
 logger = logging.get_logger(__name__)
 
-INCOMPLETE = ".incomplete"
+INCOMPLETE, REPLACED = ".incomplete", "replaced-"
 
 
 class ProgressBar(ProgressCallback):
@@ -92,6 +93,13 @@ class TokenFlexTrainer(Trainer):
                 distillation_weight=args.distillation_weight,
                 distillation_temperature=args.distillation_temperature,
             )
+        elif (args.scheme, args.packing) not in (("batch", False), (data_collator.scheme, data_collator.packing)):
+            raise ValueError(
+                f"The arguments say `scheme`={args.scheme!r} and `packing`={args.packing}, the `data_collator` says "
+                f"{data_collator.scheme!r} and {data_collator.packing}: leave one of them out."
+            )
+        if isinstance(kwargs.get("eval_dataset"), IterableDataset):
+            raise ValueError("`eval_dataset` is an iterable data set, which has no length: load it without streaming.")
         self.vision_tokens = data_collator.callback
         if args.use_liger_kernel:
             if data_collator.scheme in ("nested", "distill"):
@@ -143,6 +151,12 @@ class TokenFlexTrainer(Trainer):
             self.optimizer.param_groups = groups
         return self.optimizer
 
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # evaluation calls it outside `forward`, while weights are shared out
+            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "get_image_features")
+        return prepared
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the drawn count, and throughput since the last log, before anything reports them."""
         if "loss" in logs:
@@ -155,13 +169,18 @@ class TokenFlexTrainer(Trainer):
             logs["num_vision_tokens"] = self.vision_tokens.num_vision_tokens
             logs["tokens_per_second"] = new["tokens"] / seconds
             logs["images_per_second"] = new["images"] / seconds
-            logs["skipped_rows"] = int(totals[list(self.vision_tokens.totals).index("skipped_rows")])
+            so_far = dict(zip(self.vision_tokens.totals, totals.tolist()))
+            logs["skipped_rows"], logs["truncated_rows"] = int(so_far["skipped_rows"]), int(so_far["truncated_rows"])
             self._logged_totals, self._logged_at, self._paused = totals, now, 0.0
         super().log(logs, start_time)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._logged_at = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # a resumed Trainer would take one more step
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
@@ -176,14 +195,16 @@ class TokenFlexTrainer(Trainer):
 
         Returns:
             `dict[str, float]`: `eval_64_accuracy`, ... for each count, `eval_accuracy`, their mean, by which the best
-            checkpoint is chosen, and `eval_runtime` in seconds.
+            checkpoint is chosen, and `eval_runtime` in seconds. Of several sets, `eval_<name>_64_accuracy`, ..., and
+            `eval_accuracy` is the mean over the sets.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, dict):
             metrics = {}
             for name, part in rows.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+            means = [metrics[f"{metric_key_prefix}_{name}_accuracy"] for name in rows]
+            return {**metrics, f"{metric_key_prefix}_accuracy": sum(means) / len(means)}
         start = time.perf_counter()
         counts = sorted(self.data_collator.vision_token_choices)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -192,7 +213,7 @@ class TokenFlexTrainer(Trainer):
         predictions = predict(
             model,
             self.processing_class,
-            [rows[index] for index in share] if len(share) < len(rows) else rows,
+            Subset(rows, share),
             counts,
             self.args.per_device_eval_batch_size,
             self.args.eval_max_new_tokens,
@@ -223,7 +244,7 @@ class TokenFlexTrainer(Trainer):
         pushes, args.push_to_hub = args.push_to_hub, False
         try:
             if args.local_process_index == 0:
-                shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
+                clean_up(run)
             self.accelerator.wait_for_everyone()
             self._is_writing = True
             super()._save_checkpoint(model, trial)
@@ -241,15 +262,32 @@ class TokenFlexTrainer(Trainer):
         finally:
             self._is_writing, args.push_to_hub = False, pushes
             if args.local_process_index == 0:
-                shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
+                clean_up(run)
         if pushes:
             self._push_from_checkpoint(str(run / name))
-        if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.should_save and (args.save_total_limit or 0) > 0:
+            # Kept are the last one, to go on from, and the best; the others go, oldest first.
+            checkpoints = sort_checkpoints(str(run))
+            kept = {checkpoints[-1], self.state.best_model_checkpoint}
+            surplus = max(0, len(checkpoints) - max(args.save_total_limit, len(kept - {None})))
+            for checkpoint in [path for path in checkpoints if path not in kept][:surplus]:
+                (run / INCOMPLETE).mkdir(exist_ok=True)
+                os.rename(checkpoint, run / INCOMPLETE / Path(checkpoint).name)
+            shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
         self._paused += time.perf_counter() - start
 
 
 def _replace(source: Path, target: Path) -> None:
     if target.exists():
-        target.rename(source.parent / "replaced")
+        target.rename(source.with_name(REPLACED + target.name))
     source.rename(target)
+
+
+def clean_up(run: str | Path) -> None:
+    """Deletes what a killed run left unfinished; a checkpoint that it was just about to replace is put back."""
+    unfinished = Path(run) / INCOMPLETE
+    for replaced in unfinished.glob(f"{REPLACED}*"):
+        target = Path(run) / replaced.name.removeprefix(REPLACED)
+        if not target.exists():
+            replaced.rename(target)
+    shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,7 +6,7 @@ from tokenflex.training.arguments import RECIPES, TokenFlexTrainingArguments, fi
 from tokenflex.training.train import make_parser
 
 
-FIELDS = ["learning_rate", "freeze", "lr_scheduler_kwargs", "packing", "max_steps", "warmup_steps"]
+FIELDS = make_parser()._actions
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
 
 
@@ -42,6 +42,7 @@ def test_the_command_line_goes_before_the_recipe(tmp_path):
     ("text", "message"),
     [
         ("learning_rat: 1e-3", r"r\.yaml: there is no field `learning_rat`\. Did you mean `learning_rate`\?"),
+        ("optim: [adamw_torch, sgd]", r"r\.yaml: `optim` takes one value, not \['adamw_torch', 'sgd'\]"),
         ("xyzzy: 1", r"there is no field `xyzzy`\. `tokenflex train --help`"),
         ("- a\n- b", "has to hold `field: value` lines, but holds list"),
         ("a: [1", r"r\.yaml is no YAML"),
@@ -68,9 +69,8 @@ def test_recipes_of_the_package_are_found_by_name_and_ones_own_go_before_them(tm
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_recipes_hold_fields_that_exist(recipe):
-    fields = [action.dest for action in make_parser()._actions]
     _, data_args, _, args = parse(
-        *read_recipe(recipe, fields), "--bf16", "false", *([] if "small" in str(recipe) else ["--dataset", "d"])
+        *read_recipe(recipe, FIELDS), "--bf16", "false", *([] if "small" in str(recipe) else ["--dataset", "d"])
     )[:4]
     assert args.learning_rate < 1e-2 and data_args.dataset
 
@@ -97,3 +97,17 @@ def test_the_best_checkpoint_is_that_of_the_best_mean_accuracy(tmp_path):
         str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=500
     )
     assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)
+
+
+def test_values_that_yaml_or_the_command_line_would_mistake(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml", "save_strategy: no\neval_strategy: no\nlora_alpha: -1.0e-5\nrun_name: two words\n"
+    )
+    model_args, _, _, args = parse("--dataset", "d", *read_recipe(recipe, FIELDS))[:4]
+    assert (args.save_strategy, args.eval_strategy, args.run_name) == ("no", "no", "two words")
+    assert model_args.lora_alpha == -1e-5
+
+
+def test_half_of_an_options_name_is_no_option():
+    with pytest.raises(ValueError, match="--learning_rat"):
+        parse("--dataset", "d", "--learning_rat", "1")

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import logging
 
@@ -177,3 +178,49 @@ def test_loss_does_not_depend_on_how_a_step_is_split(narrow, tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[2] == pytest.approx(losses[0], abs=2e-4)
+
+
+def test_another_collator_takes_over_what_an_interrupted_training_left(narrow, tmp_path):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    recorder = Recorder(model)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, seed=5, report_to="none", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False, save_strategy="no",
+    )  # fmt: skip
+    for stop in ([Stop()], []):
+        recorder.trained.clear()
+        collator = TokenFlexDataCollator(processor)
+        callbacks = [collator.callback, *stop]
+        trainer = Trainer(model, args, data_collator=collator, train_dataset=SyntheticVQA(40, 3), callbacks=callbacks)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
+    assert recorder.trained == expected_draws(model.config, 5, range(3))
+    assert len(collator.callback.drawn) == 1 and not model._forward_pre_hooks
+
+
+def test_streams_need_batches_that_are_not_handed_out(narrow, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([SyntheticVQA(1, 0)[0]] * 8)
+
+    for config, fails in (({}, True), ({"dispatch_batches": False}, False)):
+        collator = TokenFlexDataCollator(narrow[1])
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no",
+            remove_unused_columns=False, accelerator_config=config,
+        )  # fmt: skip
+        model = copy.deepcopy(narrow[0])
+        trainer = Trainer(model, args, data_collator=collator, train_dataset=Stream(), callbacks=[collator.callback])
+        if fails:
+            with pytest.raises(ValueError, match='accelerator_config={"dispatch_batches": False}'):
+                trainer.train()
+        else:
+            assert trainer.train().global_step == 2
+
+
+def test_training_keeps_no_cache(narrow, tmp_path):
+    caches = []
+    model = copy.deepcopy(narrow[0])
+    model.model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+    run((model, narrow[1]), tmp_path, max_steps=1)
+    assert caches == [None]

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
@@ -149,3 +150,22 @@ def test_unknown_schemes_and_settings_that_cannot_work_are_refused(narrow):
         TokenFlexDataCollator(narrow[1], scheme="distill", distillation_temperature=0)
     with pytest.raises(ValueError, match="callbacks"):
         TokenFlexDataCollator(narrow[1], CHOICES, WEIGHTS, scheme="nested")(rows())
+
+
+@pytest.mark.parametrize(("choices", "weights"), [([16], [1]), ([4, 16], [0, 1])])
+def test_distillation_needs_a_count_to_learn(narrow, tmp_path, choices, weights):
+    with pytest.raises(ValueError, match="a smaller count with a weight above 0"):
+        TokenFlexDataCollator(narrow[1], choices, weights, scheme="distill")
+
+
+def test_a_trainer_that_computes_its_own_loss_cannot_nest(narrow, tmp_path):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    collator = TokenFlexDataCollator(processor, scheme="nested")
+    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, remove_unused_columns=False, report_to="none")
+    trainer = Trainer(
+        model, args, data_collator=collator, callbacks=[collator.callback], train_dataset=SyntheticVQA(8, 1),
+        compute_loss_func=lambda outputs, labels, **kwargs: outputs.logits.float().logsumexp(-1).mean(),
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs = False
+    with pytest.raises(ValueError, match="TRL's SFTTrainer and Liger compute the loss without it"):
+        trainer.train()

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText
 from tokenflex.files import save_checkpoint
 from tokenflex.training.arguments import RECIPES
 from tokenflex.training.lora import merge_adapters
+from tokenflex.training.resume import find_checkpoint
 from tokenflex.training.tiny import tiny_model_and_processor
-from tokenflex.training.train import find_checkpoint, freeze_parts, main
+from tokenflex.training.train import freeze_parts, main
 
 
 SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
@@ -73,7 +74,7 @@ def test_three_stages_are_one_command_that_can_be_given_again(start, tmp_path, c
     command(start, tmp_path, *recipes, steps=2)
     again = [(tmp_path / f"stage{i}" / "final" / "model.safetensors").stat().st_mtime_ns for i in (1, 2, 3)]
     assert again[:2] == written[:2] and again[2] != written[2]
-    assert "this run has ended" in caplog.text
+    assert caplog.text.count("this run has ended") == 2
     assert hashes(tmp_path / "stage3" / "final") == finals[2]
     alone = ["--config", "small/stage2.yaml", "--save_strategy", "no"]
     command(tmp_path / "stage1" / "final", tmp_path / "alone", *alone, steps=2)
@@ -102,41 +103,97 @@ def test_the_same_command_goes_on_where_it_was_stopped(start, tmp_path, options)
     assert not (tmp_path / "stopped" / ".incomplete").exists()
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one_and_says_what_differs(start, tmp_path, caplog):
-    options = ("--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant")
-    command(start, tmp_path / "grown", *options, steps=2)
-    command(start, tmp_path / "grown", *options, steps=4)
-    assert "with other values of max_steps" in caplog.text
-    command(start, tmp_path / "whole", *options, steps=4)
+def save_each(*steps):
+    return ("--save_strategy", "steps", "--save_steps", *steps, "--lr_scheduler_type", "constant")
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(start, tmp_path):
+    command(start, tmp_path / "grown", *save_each(2), steps=2)
+    command(start, tmp_path / "grown", *save_each(2), steps=4)
+    command(start, tmp_path / "whole", *save_each(2), steps=4)
     assert hashes(tmp_path / "grown" / "final") == hashes(tmp_path / "whole" / "final")
 
 
-def test_anew_is_anew(start, tmp_path):
-    command(start, tmp_path, "--save_strategy", "steps", "--save_steps", "2")
-    first = hashes(tmp_path / "final")
-    command(start, tmp_path, "--resume_from_checkpoint", "false", "--save_strategy", "no", "--seed", "7")
-    assert changed(first, hashes(tmp_path / "final"))
+def test_a_longer_run_that_is_stopped_is_not_taken_for_ended(start, tmp_path, monkeypatch):
+    command(start, tmp_path / "run", *save_each(2), steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenflex.training.train._save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(start, tmp_path / "run", *save_each(2), steps=4)
+    command(start, tmp_path / "run", *save_each(2), steps=4)
+    command(start, tmp_path / "whole", *save_each(2), steps=4)
+    assert hashes(tmp_path / "run" / "final") == hashes(tmp_path / "whole" / "final")
+
+
+@pytest.mark.parametrize("option", ["--learning_rate", "--projector_learning_rate"])
+def test_another_run_is_not_begun_in_a_folder_that_holds_one(start, tmp_path, option):
+    command(start, tmp_path, *save_each(4))
+    before = hashes(tmp_path / "final")
+    with pytest.raises(ValueError, match=f"holds another run, which differs in `{option[2:]}` .*not 0.5"):
+        command(start, tmp_path, *save_each(4), option, "0.5")
+    with pytest.raises(ValueError, match=r"differs in `max_steps` \(4, not 2\)"):
+        command(start, tmp_path, *save_each(4), steps=2)
+    with pytest.raises(ValueError, match="would be mixed"):
+        command(start, tmp_path, *save_each(4), "--resume_from_checkpoint", "false")
+    assert hashes(tmp_path / "final") == before
 
 
 def test_a_folder_of_another_model_is_not_gone_on_from(start, tmp_path):
-    command(start, tmp_path / "run", "--save_strategy", "steps", "--save_steps", "4")
+    command(start, tmp_path / "run", *save_each(4))
+    explicitly = ("--resume_from_checkpoint", tmp_path / "run" / "checkpoint-4")
     save_checkpoint(tmp_path / "wider", *tiny_model_and_processor(width=64))
-    with pytest.raises(ValueError, match=r"another model, which differs in vision_config.hidden_size \(32, not 64\)"):
+    with pytest.raises(ValueError, match="differs in `model_name_or_path`"):
         command(tmp_path / "wider", tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"another model, which differs in .*vision_config.hidden_size \(32, not 64\)"
+    ):
+        command(tmp_path / "wider", tmp_path / "other", *explicitly)
     with pytest.raises(ValueError, match="holds a whole model, but adapters are to be trained"):
-        command(start, tmp_path / "run", "--lora_rank", "4")
-    command(start, tmp_path / "lora", "--lora_rank", "4", "--save_strategy", "steps", "--save_steps", "4")
-    with pytest.raises(ValueError, match=r"differs in lora_rank \(4, not 8\)"):
-        command(start, tmp_path / "lora", "--lora_rank", "8")
-    assert hashes(tmp_path / "run" / "final")
+        command(start, tmp_path / "other", *explicitly, "--lora_rank", "4")
+    command(start, tmp_path / "lora", *save_each(4), "--lora_rank", "4")
+    explicitly = ("--resume_from_checkpoint", tmp_path / "lora" / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"differs in r \(4, not 8\)"):
+        command(start, tmp_path / "other", *explicitly, "--lora_rank", "8")
+    with pytest.raises(ValueError, match="differs in target_modules"):
+        command(start, tmp_path / "other", *explicitly, "--lora_rank", "4", "--lora_vision_tower", "true")
 
 
 def test_checkpoints_that_are_not_there_are_named(tmp_path):
-    assert find_checkpoint("auto", tmp_path) is None and find_checkpoint(None, tmp_path) is None
+    assert find_checkpoint("auto", tmp_path, {}) is None and find_checkpoint("false", tmp_path, {}) is None
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        find_checkpoint("true", tmp_path)
+        find_checkpoint("true", tmp_path, {})
     with pytest.raises(ValueError, match="is no checkpoint of a training run"):
-        find_checkpoint(str(tmp_path), tmp_path)
+        find_checkpoint(str(tmp_path), tmp_path, {})
+
+
+def test_a_stage_notices_that_the_one_before_it_was_trained_anew(start, tmp_path):
+    recipes = ["--config", "small/stage1.yaml", "small/stage2.yaml", "--save_strategy", "no"]
+    command(start, tmp_path, *recipes, steps=2)
+    shutil.rmtree(tmp_path / "stage1")
+    with pytest.raises(ValueError, match="stage2 holds another run, which differs in `start`"):
+        command(start, tmp_path, *recipes, steps=2)
+
+
+def test_stages_that_cannot_be_told_apart_are_refused(start, tmp_path):
+    with pytest.raises(ValueError, match="names the stages stage1, stage1"):
+        command(start, tmp_path, "--config", "small/stage1.yaml", "full/stage1.yaml")
+    with pytest.raises(ValueError, match="with several stages: use auto"):
+        command(
+            start, tmp_path, "--config", "small/stage1.yaml", "small/stage2.yaml", "--resume_from_checkpoint", "true"
+        )
+
+
+def test_a_stream_is_found_again_behind_its_first_epoch(start, tmp_path):
+    rows = [json.dumps({"question": f"{i}?", "answer": str(i) * (i % 5 + 1)}) for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{broken"]))
+    options = ("--dataset", tmp_path / "rows.jsonl", "--streaming", "true", "--on_bad_row", "skip", *save_each(1))
+    command(start, tmp_path / "whole", *options, steps=9)
+    for step in (2, 5):
+        shutil.copytree(tmp_path / "whole", tmp_path / str(step))
+        for later in (*range(step + 1, 10), None):
+            shutil.rmtree(tmp_path / str(step) / (f"checkpoint-{later}" if later else "final"))
+        command(start, tmp_path / str(step), *options, steps=9)
+        assert hashes(tmp_path / str(step) / "final") == hashes(tmp_path / "whole" / "final")
 
 
 def test_adapters_train_and_are_merged_into_a_checkpoint(start, tmp_path):

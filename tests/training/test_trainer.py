@@ -16,11 +16,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tokenflex.evaluation.sweep import predict, score
 from tokenflex.training.arguments import TokenFlexTrainingArguments
+from tokenflex.training.collator import TokenFlexDataCollator
 from tokenflex.training.data import Example, to_example
 from tokenflex.training.lora import add_adapters, lora_config
 from tokenflex.training.synthetic import SyntheticVQA
 from tokenflex.training.tiny import tiny_model_and_processor
-from tokenflex.training.trainer import TokenFlexTrainer
+from tokenflex.training.trainer import TokenFlexTrainer, clean_up
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,7 @@ def test_several_evaluation_sets_are_told_apart(narrow, tmp_path):
     sets = {"seen": SyntheticVQA(2, 3), "new": SyntheticVQA(2, 9)}
     metrics = make_trainer(narrow, tmp_path, eval_rows=sets).evaluate()
     assert {"eval_seen_accuracy", "eval_seen_4_accuracy", "eval_new_accuracy"} <= metrics.keys()
+    assert metrics["eval_accuracy"] == (metrics["eval_seen_accuracy"] + metrics["eval_new_accuracy"]) / 2
 
 
 def test_reports_go_to_tensorboard_with_all_figures(narrow, tmp_path, monkeypatch):
@@ -218,6 +220,28 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(narrow, tmp_path, mo
     resumed = make_trainer(narrow, tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(narrow, tmp_path):
+    make_trainer(narrow, tmp_path, save_strategy="steps", save_steps=3).train()
+    (tmp_path / ".incomplete").mkdir()
+    (tmp_path / "checkpoint-6").rename(tmp_path / ".incomplete" / "replaced-checkpoint-6")
+    (tmp_path / ".incomplete" / "checkpoint-6").mkdir()
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert (tmp_path / "checkpoint-6" / "optimizer.pt").is_file()
+
+
+def test_the_last_checkpoints_are_kept(narrow, tmp_path):
+    make_trainer(narrow, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_arguments_and_collator_have_to_agree(narrow, tmp_path):
+    args = TokenFlexTrainingArguments(str(tmp_path), scheme="nested", use_cpu=True, report_to="none")
+    collator = TokenFlexDataCollator(narrow[1])
+    with pytest.raises(ValueError, match="the `data_collator` says 'batch' and False"):
+        TokenFlexTrainer(narrow[0], args, collator, processing_class=narrow[1])
 
 
 def _train_in_child(folder, packing):
