@@ -43,19 +43,27 @@ setup(
     extras_require={
         "liger": ["liger-kernel>=0.8"],
         "lora": ["peft>=0.21"],
+        "metrics": ["evaluate>=0.4.6"],
         "qlora": ["bitsandbytes>=0.49", "peft>=0.21"],
         "quantization": ["torchao>=0.16"],
         "video": ["av>=14.0"],
         "test": [
             "av>=14.0",
+            "evaluate>=0.4.6",
             "hypothesis>=6.100",
             "peft>=0.21",
             "pytest>=8.0",
+            "rapidfuzz>=3.14",
             "ruff>=0.14",
+            "scikit-learn>=1.9",
+            "scipy>=1.17",
             "tensorboard>=2.19",
             "torchao>=0.16",
             "trl>=1.16",
         ],
     },
-    entry_points={"console_scripts": ["tokenflex=tokenflex.cli:main"]},
+    entry_points={
+        "console_scripts": ["tokenflex=tokenflex.cli:main"],
+        "lmms_eval.models": ["tokenflex=tokenflex.evaluation.lmms_eval_plugin:manifests"],
+    },
 )

@@ -1,9 +1,22 @@
-"""Scores of answers."""
+"""Scores of answers, one question at a time, from 0 to 1."""
+
+import difflib
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
 
 
-def exact_match(prediction: str, answer: str) -> bool:
+def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     """
-    Whether two answers are the same but for case, surrounding space and a final full stop.
+    Whether a prediction is one of the answers but for case, surrounding space and a final full stop.
+
+    Args:
+        prediction (`str`): What the model said.
+        answers (`str` or `Sequence[str]`): One answer, or several of which any is right.
+
+    Returns:
+        `float`: 1 or 0.
 
     Example:
 
@@ -11,12 +24,315 @@ def exact_match(prediction: str, answer: str) -> bool:
     >>> from tokenflex.evaluation.metrics import exact_match
 
     >>> exact_match(" Red.", "red")
-    True
+    1.0
+    >>> exact_match("crimson", ["red", "crimson"])
+    1.0
     ```
     """
-    return normalise(prediction) == normalise(answer)
+    answers = _listed(prediction, answers)
+    return float(normalise(prediction) in map(normalise, answers))
 
 
 def normalise(answer: str) -> str:
     """An answer without what [`exact_match`] ignores."""
     return answer.strip().removesuffix(".").strip().casefold()
+
+
+def _listed(prediction: str, answers: Sequence[str] | str) -> list[str]:
+    if not isinstance(prediction, str):
+        raise ValueError(f"`prediction`={prediction!r}: a string, such as {str(prediction)!r}.")
+    listed = [answers] if isinstance(answers, str) else answers
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(answer, str) for answer in listed):
+        raise ValueError(f"`answers`={answers!r}: a string or a list of at least one string, such as ['yes'].")
+    return list(listed)
+
+
+_PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
+_ARTICLES = {"a", "an", "the"}
+_DIGITS = {
+    word: str(digit)
+    for digit, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+# Without those that are another word when the apostrophe is missing, such as "we'll".
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
+
+
+def _normalise_vqa(answer: str) -> str:
+    answer = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
+    answer = re.sub(r"\.(?!\d)", "", _PUNCTUATION.sub(" ", answer))
+    words = [_DIGITS.get(word, word) for word in answer.split()]
+    return " ".join(_CONTRACTIONS.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """
+    The accuracy of VQA v2: a third for each person who gave that answer, at most 1, averaged over all ways to leave
+    one person out. Both sides are first put in lower case, without articles, full stops that are no decimal point and
+    punctuation, number words as digits, contractions with their apostrophe
+    (https://visualqa.org/evaluation.html; the marks that count as punctuation, and "none" as 0, are those of the
+    official script, https://github.com/GT-Vision-Lab/VQA). As on that page and unlike in that script, answers on which
+    everyone agrees are put in that form too.
+
+    Args:
+        prediction (`str`): What the model said.
+        answers (`Sequence[str]`):
+            What each person said, repeated answers included: ten in VQA v2, at least two. Of fewer than four, even
+            the answer of all reaches no more than a third for each person left.
+
+    Returns:
+        `float`: From 0 to 1.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import vqa_accuracy
+
+    >>> vqa_accuracy("Two", ["2"] * 3 + ["3"] * 7)
+    0.9
+    ```
+    """
+    answers = _listed(prediction, answers)
+    if len(answers) < 2:
+        raise ValueError(
+            f"`answers`={answers!r}: VQA accuracy leaves one person's answer out, so at least two; "
+            "`exact_match` takes one."
+        )
+    same = [_normalise_vqa(answer) for answer in answers].count(_normalise_vqa(prediction))
+    others = len(answers) - same
+    # In thirds, so that the sum is exact.
+    return (same * min(same - 1, 3) + others * min(same, 3)) / (3 * len(answers))
+
+
+def anls(prediction: str, answers: Sequence[str] | str) -> float:
+    """
+    Normalised Levenshtein similarity to the nearest answer, 0 if below one half (arXiv 1905.13648; DocVQA, arXiv
+    2007.00398). Case and amount of space do not count. Its mean over questions is ANLS. A similarity of exactly
+    one half counts, as in DocVQA's official script (https://rrc.cvc.uab.es/?ch=17) and unlike in the paper.
+
+    Args:
+        prediction (`str`): What the model said.
+        answers (`str` or `Sequence[str]`): One answer, or several of which the nearest counts.
+
+    Returns:
+        `float`: 0, or from one half to 1.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import anls
+
+    >>> anls("Jan 2019", ["1 Jan 2019", "Jan 2018"])
+    0.875
+    ```
+    """
+    similarity = max(_similarity(_squeeze(prediction), _squeeze(answer)) for answer in _listed(prediction, answers))
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(first: str, second: str) -> float:
+    shorter, longer = sorted((first, second), key=len)
+    if 2 * len(shorter) < len(longer):
+        return 0.0  # below one half whatever the letters, and quick for long replies
+    return 1 - edit_distance(first, second) / len(longer) if longer else 1.0
+
+
+def edit_distance(first: str, second: str) -> int:
+    """
+    Letters to insert, delete or replace to turn one text into the other (Levenshtein).
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import edit_distance
+
+    >>> edit_distance("kitten", "sitting")
+    3
+    ```
+    """
+    above = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        row = [i]
+        for j, other in enumerate(second, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != other)))
+        above = row
+    return above[-1]
+
+
+def relaxed_accuracy(prediction: str, answers: Sequence[str] | str) -> float:
+    """
+    Whether a prediction is one of the answers, for numbers within 5 % of it (ChartQA, arXiv 2203.10244, section 5.1).
+    "12%" is read as 0.12 and what Python's `float` does not take, such as "1,000", as text; text must be the same but
+    for case and surrounding space. So does Pix2Struct's script, which other harnesses use
+    (https://github.com/google-research/pix2struct); unlike there, "0.0" is right where "0" is.
+
+    Args:
+        prediction (`str`): What the model said.
+        answers (`str` or `Sequence[str]`): One answer, or several of which any is right.
+
+    Returns:
+        `float`: 1 or 0.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import relaxed_accuracy
+
+    >>> relaxed_accuracy("0.43", "42%"), relaxed_accuracy("42", "42%")
+    (1.0, 0.0)
+    ```
+    """
+
+    def right(answer: str) -> bool:
+        number, target = _number(prediction), _number(answer)
+        if number is None or target is None:
+            return prediction.strip().lower() == answer.strip().lower()
+        return abs(number - target) / abs(target) <= 0.05 if target else number == 0
+
+    return float(any(map(right, _listed(prediction, answers))))
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+_LEAD = re.compile(r"\b(?:answer|(?:option|choice)(?=\s+is\b))(?:\s+is\b)?[\s:*]*", re.IGNORECASE)
+_ALONE = re.compile(r"\W*(?:(?:option|choice)\s+)?([A-Z])\W*", re.IGNORECASE)
+_MARKED = re.compile(r"(?<!\w)\(([A-Z])\)|^\W*([A-Z])[.):](?!\w)", re.IGNORECASE | re.MULTILINE)
+_LISTED = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?\W*[A-Z]\b(?:\W*(?:,|/|&|\band\b|\bor\b)\W*[A-Z]\b)*")
+
+
+def extract_choice(prediction: str, options: Sequence[str] | None = None) -> str | None:
+    """
+    The letter that a reply to a multiple-choice question chooses. These point to an option:
+
+    - a reply that is nothing but a letter: "B", "b", "(B)", "**B.**", "Option B";
+    - a letter in parentheses, or one that begins a line and is followed by ".", ")" or ":": "B. a dog", "it is (B)";
+    - after "answer", "answer is", "option is" or "choice is": one or several capital letters, or a letter and nothing
+      else: "Answer: b", "The answer is B because ...", "the answer is A or B";
+    - an option's text, compared as [`exact_match`] does, as the whole reply or as all that follows these words.
+
+    A reply that points to no option, or to several, chooses none. Negations are not understood.
+
+    Args:
+        prediction (`str`): What the model said.
+        options (`Sequence[str]`, *optional*):
+            The options' texts, from A on. Letters beyond them point to nothing. Without them any letter is an option.
+
+    Returns:
+        `str`: The capital letter, or `None`.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import extract_choice
+
+    >>> extract_choice("The answer is (B).")
+    'B'
+    >>> extract_choice("A dog.", options=["a cat", "a dog"])
+    'B'
+    >>> extract_choice("A or B") is None
+    True
+    ```
+    """
+    letters = _letters(options)
+    texts = [normalise(option) for option in options or []]
+    stated = _LEAD.split(prediction)[1:]
+    found = {letter for pair in _MARKED.findall(prediction) for letter in pair}
+    for reply in (prediction, *stated):
+        if alone := _ALONE.fullmatch(reply):
+            found.add(alone[1])
+        found.update(letter for letter, text in zip(letters, texts) if text == normalise(reply))
+    for reply in stated:
+        if listed := _LISTED.match(reply):
+            found.update(re.findall(r"\b[A-Z]\b", listed[0]))
+    found = {letter.upper() for letter in found} & set(letters)
+    return found.pop() if len(found) == 1 else None
+
+
+def _letters(options: Sequence[str] | None) -> str:
+    if options is None:
+        return string.ascii_uppercase
+    if isinstance(options, str) or not 1 <= len(options) <= 26 or not all(isinstance(text, str) for text in options):
+        raise ValueError(f"`options`={options!r}: a list of 1 to 26 strings, or `None` if they are not known.")
+    return string.ascii_uppercase[: len(options)]
+
+
+def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequence[str] | None = None) -> float:
+    """
+    Whether a reply chooses the right option, by the rules of [`extract_choice`].
+
+    Args:
+        prediction (`str`): What the model said.
+        answers (`str` or `Sequence[str]`):
+            The right option's letter, or its text if `options` are given. Of several any is right.
+        options (`Sequence[str]`, *optional*): The options' texts, from A on.
+
+    Returns:
+        `float`: 1 or 0.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import multiple_choice
+
+    >>> multiple_choice("The answer is B.", "B")
+    1.0
+    >>> multiple_choice("a dog", "B", options=["a cat", "a dog"])
+    1.0
+    ```
+    """
+    letters = _letters(options)
+    texts = {normalise(option): letter for letter, option in zip(letters, options or [])}
+    right = set()
+    for answer in _listed(prediction, answers):
+        letter = answer.strip().upper()
+        letter = letter if letter and letter in set(letters) else texts.get(normalise(answer))
+        if letter is None:
+            known = "" if options is None else f" or one of the options {list(options)}"
+            raise ValueError(f"`answers`={answers!r}: a letter from A to {letters[-1]}{known}, not {answer!r}.")
+        right.add(letter)
+    return float(extract_choice(prediction, options) in right)
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
+}
+
+
+def get_metric(metric: str) -> Callable[..., float]:
+    """
+    A metric of `METRICS` by its name.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.metrics import get_metric
+
+    >>> get_metric("anls")("helo", "hello")
+    0.8
+    ```
+    """
+    if metric in METRICS:
+        return METRICS[metric]
+    nearest = difflib.get_close_matches(str(metric).lower(), METRICS, n=1, cutoff=0)[0]
+    raise ValueError(f"`metric`={metric!r}: no such metric, perhaps {nearest!r}; there are {', '.join(METRICS)}.")

@@ -1,10 +1,28 @@
-from hypothesis import given
+import itertools
+import statistics
+
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
+from sklearn.metrics import accuracy_score
 
-from tokenflex.evaluation.metrics import exact_match
+from tokenflex.evaluation.metrics import (
+    METRICS,
+    anls,
+    edit_distance,
+    exact_match,
+    extract_choice,
+    get_metric,
+    multiple_choice,
+    relaxed_accuracy,
+    vqa_accuracy,
+)
 
 
+thousand = settings(max_examples=1000, deadline=None)
 answers = st.text(st.sampled_from("aAbBcÇß. 1\n"), max_size=6)
+words = st.text(st.sampled_from("abé 1%"), max_size=12)
 
 
 @given(answers)
@@ -38,3 +56,250 @@ def test_part_of_an_answer_is_not_the_answer():
     assert not exact_match("", "red")
     assert not exact_match("1", "10")
     assert not exact_match("1.5", "15")
+
+
+@thousand
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=20))
+def test_mean_exact_match_is_scikit_learns_accuracy(pairs):
+    predictions, references = zip(*pairs)
+    expected = accuracy_score(references, predictions)
+    for metric in (exact_match, multiple_choice):
+        assert statistics.mean(map(metric, predictions, references)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "vqa_accuracy"])
+@given(given_answers=st.lists(st.sampled_from("ABC"), min_size=1, max_size=4), prediction=st.sampled_from("ABCD"))
+def test_of_several_answers_the_best_counts(name, given_answers, prediction):
+    metric = METRICS[name]
+    assert metric(prediction, given_answers) == max(metric(prediction, answer) for answer in given_answers)
+    assert metric(prediction, tuple(given_answers)) == metric(prediction, given_answers)
+
+
+# VQA accuracy
+
+
+@pytest.mark.parametrize("same, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_vqa_accuracy_of_ten(same, expected):
+    assert vqa_accuracy("yes", ["yes"] * same + ["no"] * (10 - same)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("people, expected", [(2, 1 / 3), (3, 2 / 3), (4, 1), (5, 1)])
+def test_vqa_accuracy_of_fewer_who_agree(people, expected):
+    assert vqa_accuracy("yes", ["yes"] * people) == pytest.approx(expected)
+
+
+@thousand
+@given(st.lists(st.sampled_from("xyz"), min_size=2, max_size=12), st.sampled_from("xyz"))
+def test_vqa_accuracy_leaves_everyone_out_once(said, prediction):
+    left = itertools.combinations(said, len(said) - 1)
+    expected = statistics.mean(min(others.count(prediction) / 3, 1) for others in left)
+    assert vqa_accuracy(prediction, said) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("Yes", "yes"),
+        ("The dog.", "dog"),
+        ("an apple a day", "apple day"),
+        ("two", "2"),
+        ("none", "0"),
+        ("dont know", "don't know"),
+        ("couldn'tve", "couldnt've"),
+        ("oclock", "o'clock"),
+        ("black/white", "black, white"),
+        ("t-shirt", "t shirt"),
+        ("1,000", "1000"),
+        ("U.S.A.", "usa"),
+        ("red\n and\tblue", "red and blue"),
+    ],
+)
+def test_vqa_accuracy_takes_for_the_same(first, second):
+    assert vqa_accuracy(first, [second] * 10) == vqa_accuracy(second, [first] * 10) == 1
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [("3.5", "35"), ("10:30", "1030"), ("girl's", "girls"), ("well", "we'll"), ("eleven", "11"), ("1, 2", "12")],
+)
+def test_vqa_accuracy_tells_apart(first, second):
+    assert vqa_accuracy(first, [second] * 10) == vqa_accuracy(second, [first] * 10) == 0
+
+
+def test_vqa_accuracy_of_one_answer_is_refused():
+    for one in ("yes", ["yes"]):
+        with pytest.raises(ValueError, match=r"`answers`=\['yes'\].*at least two.*`exact_match`"):
+            vqa_accuracy("yes", one)
+
+
+# ANLS
+
+
+@pytest.mark.parametrize(
+    # The examples of https://pypi.org/project/anls, answers "Coca Cola" and "Coca Cola Company".
+    "prediction, first, second, expected",
+    [
+        ("The Coca", 0, 0, 0),
+        ("CocaCola", 8 / 9, 0, 8 / 9),
+        ("Coca cola", 1, 9 / 17, 1),
+        ("Cola", 0, 0, 0),
+        ("Cat", 0, 0, 0),
+    ],
+)
+def test_anls_of_published_examples(prediction, first, second, expected):
+    answers = ["Coca Cola", "Coca Cola Company"]
+    assert [anls(prediction, answer) for answer in answers] == pytest.approx([first, second])
+    assert anls(prediction, answers) == pytest.approx(expected)
+
+
+def test_anls_at_its_edges():
+    assert anls("ab", "ax") == 0.5
+    assert anls("abc", "axy") == 0
+    assert anls("", "") == anls(" A  b ", "a B") == 1
+    assert anls("", "a") == anls("a", "") == 0
+
+
+@thousand
+@given(words, words)
+def test_edit_distance_is_rapidfuzzs(first, second):
+    assert edit_distance(first, second) == Levenshtein.distance(first, second)
+
+
+@thousand
+@given(words, st.lists(words, min_size=1, max_size=4))
+def test_anls_is_rapidfuzzs(prediction, given_answers):
+    prediction, *squeezed = (" ".join(text.split()) for text in (prediction, *given_answers))
+    best = max(Levenshtein.normalized_similarity(prediction, answer) for answer in squeezed)
+    assert anls(prediction, given_answers) == pytest.approx(best if best >= 0.5 - 1e-9 else 0)
+
+
+# Relaxed accuracy
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, right",
+    [
+        ("105", "100", True),
+        ("95", "100", True),
+        ("105.1", "100", False),
+        ("94.9", "100", False),
+        ("-21", "-20", True),
+        ("20", "-20", False),
+        ("12%", "0.12", True),
+        ("12 %", "12.5%", True),
+        ("12", "12%", False),
+        ("0.0", "0", True),
+        ("0.001", "0", False),
+        ("Red ", "red", True),
+        ("reds", "red", False),
+        ("1,000", "1,000", True),
+        ("1,000", "1000", False),
+        ("nan", "NaN", True),
+        ("inf", "1", False),
+        ("5", "five", False),
+        ("", "", True),
+    ],
+)
+def test_relaxed_accuracy(prediction, answer, right):
+    assert relaxed_accuracy(prediction, answer) == right
+
+
+@thousand
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6), st.sampled_from(["", "%"]))
+def test_relaxed_accuracy_is_five_percent(prediction, answer, unit):
+    assert relaxed_accuracy(f"{prediction}{unit}", f"{answer}{unit}") == (20 * abs(prediction - answer) <= answer)
+
+
+# Multiple choice
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *["B", "b", " B\n", "(B)", "(b)", "[B]", "B.", "B)", "B:", "**B**", "**B.**", "Option B", "choice (b)."],
+        *["Answer: B", "answer: b", "Answer:\nB", "Answer: **(B)**", "The answer is B", "the answer is b."],
+        *["The answer is option B.", "The correct option is B", "The correct choice is: B", "My final answer is (B)."],
+        *["The answer is B because A cat is small.", "There are two. Answer: The answer is B.", "Answer: B. a dog"],
+        *["B. a dog", "(B) a dog", "B: a dog", "I think it is (B).", "It has four legs.\nB) a dog", "B\n\nAnswer: B"],
+    ],
+)
+def test_reply_chooses_a_letter(reply):
+    for options in (None, ["a cat", "a dog", "a bird"]):
+        assert extract_choice(reply, options) == "B"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *["A or B", "A, B", "(A) or (B)", "A. a cat\nB. a dog", "Answer: A or B", "The answer is A and B", "AB", "B2"],
+        *["The answer is A/B", "Answer: A. No, the answer is B.", "", " ", "?", "dog(s) and cat(s)", "B.A. in arts"],
+        *["a lion", "The answer is a lion", "A lion", "I do not know", "no options", "Z", "the best"],
+    ],
+)
+def test_reply_chooses_nothing(reply):
+    assert extract_choice(reply, ["a cat", "a dog", "a bird"]) is None
+    assert multiple_choice(reply, ["A", "B", "C"], ["a cat", "a dog", "a bird"]) == 0
+
+
+@pytest.mark.parametrize("reply", ["a dog", " A Dog.", "The answer is a dog.", "Answer: a dog", "(b) a dog"])
+def test_reply_chooses_an_options_text(reply):
+    options = ["a cat", "a dog", "a bird"]
+    assert extract_choice(reply, options) == "B"
+    assert multiple_choice(reply, "a dog", options) == multiple_choice(reply, "B", options) == 1
+    assert multiple_choice(reply, "a cat", options) == multiple_choice(reply, "C", options) == 0
+
+
+def test_text_of_two_options_and_letters_that_are_texts():
+    assert extract_choice("dog", ["dog", "Dog.", "cat"]) is None
+    assert extract_choice("B", ["A", "B"]) == "B"
+    assert extract_choice("B", ["B", "A"]) is None
+    assert extract_choice("-5", ["5", "-5"]) == extract_choice("Answer: -5", ["5", "-5"]) == "B"
+
+
+@thousand
+@given(st.text(st.sampled_from("ABCabc().: \nansweri"), max_size=20))
+def test_a_choice_is_an_option_and_stands_in_the_reply(reply):
+    choice = extract_choice(reply, ["x", "y"])
+    assert choice is None or (choice in "AB" and choice in reply.upper())
+
+
+@pytest.mark.parametrize("answer, options", [("D", ["x", "y", "z"]), ("w", ["x", "y"]), ("yes", None), ("", ["x"])])
+def test_an_answer_that_is_no_option_is_refused(answer, options):
+    with pytest.raises(ValueError, match="`answers`=.*a letter from A to"):
+        multiple_choice("A", answer, options)
+
+
+@pytest.mark.parametrize("options", [[], "xy", ["x"] * 27, [1, 2]])
+def test_options_that_are_no_list_of_texts_are_refused(options):
+    with pytest.raises(ValueError, match="`options`=.*1 to 26 strings"):
+        multiple_choice("A", "A", options)
+
+
+# All
+
+
+@given(st.sampled_from(list(METRICS)), words, st.lists(st.sampled_from("ABC"), min_size=2, max_size=4))
+def test_scores_are_shares(name, prediction, given_answers):
+    score = METRICS[name](prediction, given_answers)
+    assert type(score) is float and 0 <= score <= 1
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("bad", [[], None, 5, [5], [["yes"]], [{"answer": "yes"}], {"yes": 10}])
+def test_answers_that_are_no_texts_are_refused(name, bad):
+    with pytest.raises(ValueError, match="`answers`="):
+        METRICS[name]("yes", bad)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("bad", [None, 5, ["yes"]])
+def test_a_prediction_that_is_no_text_is_refused(name, bad):
+    with pytest.raises(ValueError, match="`prediction`="):
+        METRICS[name](bad, ["A", "B"])
+
+
+def test_metrics_are_found_by_name():
+    assert {name: get_metric(name) for name in METRICS} == METRICS
+    for wrong, near in [("exact-match", "exact_match"), ("ANLS", "anls"), ("vqa_acc", "vqa_accuracy"), ("", ".*")]:
+        with pytest.raises(ValueError, match=f"`metric`='{wrong}'.*perhaps '{near}'; .*relaxed_accuracy"):
+            get_metric(wrong)
