@@ -11,6 +11,8 @@ VERBS = {
     "build": ("towers", "join a pretrained vision tower and language model to a new checkpoint"),
     "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
     "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
+    "calibrate": ("evaluation.calibrate", "teach a checkpoint to choose its count for each question"),
+    "paper-table": ("evaluation.paper_table", "put harnesses' scores beside the paper's"),
     "generate": ("generate", "answer a question about an image at one or several counts"),
     "quickstart": ("quickstart", "train, evaluate and try the embedded tiny model, start to end"),
 }

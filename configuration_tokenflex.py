@@ -270,6 +270,9 @@ class TokenFlexConfig(PreTrainedConfig):
             The inner width of the projector's SwiGLU. The paper does not state it.
         projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
             The activation of the projector's gate.
+        vision_token_chooser (`dict`, *optional*):
+            What chooses a count when `"auto"` is asked for, as `tokenflex calibrate` writes it: rising `choices`, a
+            `weight` row and a `bias` for each, and the `tolerance`.
         initializer_range (`float`, *optional*, defaults to 0.02):
             The standard deviation of the projector's initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -325,6 +328,7 @@ class TokenFlexConfig(PreTrainedConfig):
     num_vision_tokens: int = 256
     vision_token_choices: list[int] | tuple[int, ...] | None = None
     vision_token_weights: list[float | int] | tuple[float | int, ...] | None = None
+    vision_token_chooser: dict | None = None
     vision_feature_layer: int = -1
     num_prefix_tokens: int | None = None
     projector_hidden_size: int | None = None
@@ -387,6 +391,29 @@ class TokenFlexConfig(PreTrainedConfig):
         for i, count in enumerate(self.vision_token_choices):
             resolve_vision_token_grid(count, self.patch_grid, f"vision_token_choices[{i}]")
         check_vision_token_weights(self.vision_token_choices, self.vision_token_weights)
+        if self.vision_token_chooser is not None:
+            check_vision_token_chooser(self.vision_token_chooser, self.text_config.hidden_size)
+
+
+def check_vision_token_chooser(chooser: dict, hidden_size: int) -> None:
+    """
+    Checks that a chooser has a row of weights and a bias for each of its rising choices, and a tolerance.
+
+    Raises:
+        ValueError: If that does not hold.
+    """
+    choices, weight, bias = (chooser.get(name) for name in ("choices", "weight", "bias"))
+    if (
+        not choices
+        or sorted(set(choices)) != list(choices)
+        or [len(row) for row in weight or ()] != [hidden_size] * len(choices)
+        or len(bias or ()) != len(choices)
+        or not 0 <= chooser.get("tolerance", -1) <= 1
+    ):
+        raise ValueError(
+            f"`vision_token_chooser` needs rising `choices`, for each of them {hidden_size} numbers in `weight` and one in "
+            "`bias`, and a `tolerance` from 0 to 1, as `tokenflex calibrate` writes them."
+        )
 
 
 def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ from .training.data import BadRowError, decode_image
 
 
 def answer(
-    model, processor, image, question: str, num_vision_tokens: int | None = None, max_new_tokens: int = 64
+    model, processor, image, question: str, num_vision_tokens: int | str | None = None, max_new_tokens: int = 64
 ) -> str:
     """
     Answers one question about one image.
@@ -18,17 +18,30 @@ def answer(
         processor ([`TokenFlexProcessor`]): Its processor.
         image (`PIL.Image.Image`): The image.
         question (`str`): The question.
-        num_vision_tokens (`int`, *optional*): The vision-token count. Defaults to the processor's.
+        num_vision_tokens (`int` or `str`, *optional*):
+            The vision-token count, or `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
         max_new_tokens (`int`, *optional*, defaults to 64): The longest answer in tokens.
 
     Returns:
         `str`: The answer.
     """
+    return _answer(model, processor, image, question, num_vision_tokens, max_new_tokens)[0]
+
+
+def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens) -> tuple[str, int | None]:
+    """The answer, and the count if it was chosen."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, num_vision_tokens=num_vision_tokens, max_new_tokens=max_new_tokens)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    options = {"num_vision_tokens": num_vision_tokens, "max_new_tokens": max_new_tokens}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    chosen = output.get("num_vision_tokens")
+    reply = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return reply.strip(), None if chosen is None else int(chosen[0])
+
+
+def _count(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image", required=True, help="An image file.")
     parser.add_argument("--question", required=True, help="The question.")
     parser.add_argument(
-        "--num_vision_tokens", type=int, nargs="+", help="One answer per count. Default: the config's choices."
+        "--num_vision_tokens",
+        type=_count,
+        nargs="+",
+        help="One answer per count, or `low`, `high`, `auto`. Default: the config's choices.",
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer. Default: %(default)s.")
     args = parser.parse_args(argv)
@@ -48,5 +64,5 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     for count in args.num_vision_tokens or model.config.vision_token_choices:
-        reply = answer(model, processor, image, args.question, count, args.max_new_tokens)
-        print(f"{count:>5} vision tokens: {reply}")  # noqa: T201
+        reply, chosen = _answer(model, processor, image, args.question, count, args.max_new_tokens)
+        print(f"{chosen or count:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201

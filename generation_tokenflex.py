@@ -6,15 +6,17 @@ import torch
 from transformers.generation import GenerationConfig, GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .choosing_tokenflex import TokenFlexChoosingMixin
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
 from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask_padding_of_answers
 from .placeholders_tokenflex import count_tokens, first_placeholders, recount_vision_tokens
 
 
 _PER_IMAGE = ("image_sizes", "num_tiles")
+_INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", *_PER_IMAGE)
 
 
-class TokenFlexGenerationMixin(GenerationMixin):
+class TokenFlexGenerationMixin(TokenFlexChoosingMixin, GenerationMixin):
     """`generate` at a chosen number of vision tokens."""
 
     @torch.no_grad()
@@ -23,7 +25,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         inputs: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
+        num_vision_tokens: int | tuple[int, int] | list | str | None = None,
         **kwargs,
     ):
         """
@@ -36,10 +38,12 @@ class TokenFlexGenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*):
                 As in transformers. An entry `num_vision_tokens` in it, a count or a grid for all images, is used when
                 the argument is not given, and one in the model's own generation config when neither is.
-            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
+            num_vision_tokens (`int`, `tuple[int, int]`, a list of these, or `str`, *optional*):
                 A count n*n or grid (rows, columns) for all images, or a list with one per image in order of
                 appearance (an image's tiles share its entry; a video's frames are images). Where the inputs carry
-                `image_sizes`, an integer is matched to each image's shape. Defaults to the counts as encoded.
+                `image_sizes`, an integer is matched to each image's shape. `"low"` and `"high"` are the smallest and
+                largest of the config's `vision_token_choices`; `"auto"` chooses one of them for each prompt
+                ([`~TokenFlexChoosingMixin.choose_vision_tokens`]). Defaults to the counts as encoded.
             kwargs:
                 As in transformers. With `past_key_values` of an earlier turn, images that are in the cache stay at the
                 count they have there; images in the new part of the prompt are encoded. `mm_encoder_outputs=
@@ -47,7 +51,8 @@ class TokenFlexGenerationMixin(GenerationMixin):
 
         Returns:
             As in transformers. Sequences begin with the caller's `input_ids`, so
-            `output[:, input_ids.shape[1]:]` is the answer at every count.
+            `output[:, input_ids.shape[1]:]` is the answer at every count. With `"auto"` and
+            `return_dict_in_generate=True` the output's `num_vision_tokens` holds each prompt's count.
 
         Raises:
             ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
@@ -59,9 +64,12 @@ class TokenFlexGenerationMixin(GenerationMixin):
             num_vision_tokens = options.get("num_vision_tokens")
             if isinstance(num_vision_tokens, list):  # JSON has no tuples: how a saved config holds (rows, columns)
                 num_vision_tokens = tuple(num_vision_tokens)
-        elif not isinstance(num_vision_tokens, list) and kwargs.get("image_sizes") is None:
+        elif not isinstance(num_vision_tokens, (list, str)) and kwargs.get("image_sizes") is None:
             resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        chosen = None
+        if isinstance(num_vision_tokens, str):
+            num_vision_tokens, chosen = self._resolve_named_count(num_vision_tokens, input_ids, kwargs)
         num_images, _ = _count_images(kwargs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             if num_vision_tokens is not None and num_images:
@@ -85,6 +93,8 @@ class TokenFlexGenerationMixin(GenerationMixin):
             )
         rewritten = prompt.pop("input_ids")
         output = super().generate(rewritten, generation_config, *args, **prompt)
+        if chosen is not None and not isinstance(output, torch.Tensor):
+            output["num_vision_tokens"] = torch.tensor(chosen, device=output.sequences.device)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         cache = prompt.get("past_key_values") if isinstance(output, torch.Tensor) else output.past_key_values
         if cache is not None:
@@ -127,6 +137,11 @@ class TokenFlexGenerationMixin(GenerationMixin):
             prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, options.get("pad_token_id"))
         self._pool_images(prompt, grids, list(range(num_images)))
         return prompt, _by_row(encoded, rows, len(input_ids)), _by_row(grids, rows, len(input_ids))
+
+    def _recount_inputs(self, num_vision_tokens: int, input_ids: torch.LongTensor, kwargs: dict) -> dict:
+        """What `forward` takes of the arguments of `generate`, at another count."""
+        inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
+        return self._recount_prompt(input_ids, num_vision_tokens, inputs, _Options(kwargs, self.generation_config))[0]
 
     def _continue_prompt(
         self,

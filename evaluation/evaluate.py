@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,39 +14,65 @@ from ..files import write_file
 from ..training.data import to_example
 from ..training.datasets import SourceArguments, load_rows
 from .latency import time_to_first_token
+from .metrics import METRICS, get_metric
+from .progress import predict_on_and_on
 from .report import markdown_table, plot_png
-from .sweep import predict, score
+from .statistics import mean_over_families, paired_test
+from .sweep import Prediction, predict, score
+
+
+PARTIAL = "predictions.partial.jsonl"
 
 
 def evaluate(
     model,
     processor,
     dataset,
-    counts: list[int] | None = None,
+    counts: Sequence[int | str] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 16,
     latency_batch_size: int = 32,
     show_progress: bool = True,
+    metric: str = "exact_match",
+    partial_file: str | Path | None = None,
+    run: dict | None = None,
 ) -> tuple[dict, list]:
     """
-    Scores a model at every count and measures the time to first token beside it.
+    Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
         processor ([`TokenFlexProcessor`]): Its processor.
         dataset (sequence): Rows as [`to_example`] takes or returns them.
-        counts (`list[int]`, *optional*): Vision-token counts. Defaults to the config's `vision_token_choices`.
+        counts (`Sequence[int | str]`, *optional*):
+            Vision-token counts, `"auto"` among them if the model is calibrated. Defaults to the config's
+            `vision_token_choices`, and `"auto"` if it can.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
         latency_batch_size (`int`, *optional*, defaults to 32): Prompts per batch when timing; 0 measures no time.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
+        metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
+        partial_file (`str` or `Path`, *optional*): Where answers are kept while it runs, to go on from.
+        run (`dict`, *optional*): What a partial file is of; one of another run is refused.
 
     Returns:
-        `tuple[dict, list[Prediction]]`: The report and every answer.
+        `tuple[dict, list[Prediction]]`: The report, [`score`]'s and [`compare`]'s figures and times, and every answer.
     """
-    counts = list(counts or model.config.vision_token_choices)
-    predictions = predict(model, processor, dataset, counts, batch_size, max_new_tokens, show_progress)
-    report = score(predictions, counts)
+    get_metric(metric)
+    counts = list(
+        counts or model.config.vision_token_choices + ["auto"] * (model.config.vision_token_chooser is not None)
+    )
+    options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress)
+    if partial_file is None:
+        predictions = predict(*options)
+    else:
+        predictions = predict_on_and_on(partial_file, json.loads(json.dumps(run or {})), *options)
+    report = {"metric": metric, **score(predictions, counts, metric), **compare(predictions, counts, metric)}
+    smallest = min(model.config.vision_token_choices)
+    report["vision_tokens"] = {
+        count: sum(p.chosen for p in predictions) / len(predictions) + smallest if count == "auto" else count
+        for count in counts
+    }
     if latency_batch_size:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
         images = [image for row in rows for image in to_example(row).images[:1]]
@@ -59,6 +86,34 @@ def evaluate(
         "transformers": transformers.__version__,
     }
     return report, predictions
+
+
+def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:
+    """
+    How sure the scores are. Questions about one image are drawn, and change sides, together.
+
+    Args:
+        predictions (`Sequence[Prediction]`): What [`predict`] returns.
+        counts (`Sequence[int | str]`): The counts to compare.
+        metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
+
+    Returns:
+        `dict`: Per count `interval`, the 95 % bootstrap interval of its mean over families, and `against_largest`, the
+        difference of its accuracy over questions from the largest count's with its 95 % interval and the two-sided
+        p-value of a paired permutation test.
+    """
+    rate, images = get_metric(metric), [prediction.index for prediction in predictions]
+    families = [prediction.family for prediction in predictions]
+    rates = {count: [rate(p.predictions[count], p.answer) for p in predictions] for count in counts}
+    largest = max((count for count in counts if count != "auto"), default=None)
+    return {
+        "interval": {count: mean_over_families(rates[count], families, groups=images)[1:] for count in counts},
+        "against_largest": {
+            count: paired_test(rates[count], rates[largest], groups=images)._asdict()
+            for count in counts
+            if largest is not None and count != largest
+        },
+    }
 
 
 def save_report(folder: str | Path, report: dict, predictions: list, title: str) -> None:
@@ -78,8 +133,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(dataset_split="test")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument(
-        "--counts", type=int, nargs="+", help="Vision-token counts; the config's choices if not given."
+        "--counts",
+        type=lambda text: text if text == "auto" else int(text),
+        nargs="+",
+        help="Vision-token counts, or `auto`. Default: the config's choices, and `auto` for a calibrated checkpoint.",
     )
+    parser.add_argument("--metric", default="exact_match", choices=list(METRICS), help="How answers are scored.")
     parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
     parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go.")
@@ -88,9 +147,21 @@ def main(argv: list[str] | None = None) -> None:
     special_tokens = processor.tokenizer.all_special_tokens
     rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
+    run = {name: getattr(args, name) for name in ("model_name_or_path", "dataset", "dataset_split", "counts")}
+    run |= {"max_new_tokens": args.max_new_tokens, "rows": len(rows)}
+    partial_file = Path(args.output_dir) / PARTIAL
     report, predictions = evaluate(
-        model, processor, rows, args.counts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+        model,
+        processor,
+        rows,
+        args.counts,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        metric=args.metric,
+        partial_file=partial_file,
+        run=run,
     )
     save_report(args.output_dir, report, predictions, " + ".join(Path(name).stem for name in args.dataset))
+    partial_file.unlink(missing_ok=True)
     print(markdown_table(report))  # noqa: T201
     print(json.dumps({"accuracy": report["overall"], "output_dir": args.output_dir}))  # noqa: T201

@@ -9,8 +9,8 @@ import torch
 
 @torch.no_grad()
 def time_to_first_token(
-    model, processor, images: Sequence, question: str, counts: Sequence[int], repeats: int = 20
-) -> dict[int, float]:
+    model, processor, images: Sequence, question: str, counts: Sequence[int | str], repeats: int = 20
+) -> dict[int | str, float]:
     """
     The median time from processed inputs to the first answer token of a batch: tower, pooling, projector and prefill.
     Counts take turns within each repeat, so that a busy machine slows all of them alike.
@@ -20,7 +20,7 @@ def time_to_first_token(
         processor ([`TokenFlexProcessor`]): Its processor.
         images (`Sequence[PIL.Image.Image]`): One image per prompt of the batch.
         question (`str`): The question, the same for each image.
-        counts (`Sequence[int]`): The vision-token counts.
+        counts (`Sequence[int | str]`): The vision-token counts; `"auto"` takes in the choosing.
         repeats (`int`, *optional*, defaults to 20): Measurements per count, after one that is not counted.
 
     Returns:
@@ -32,7 +32,7 @@ def time_to_first_token(
         count: processor(
             images=list(images),
             text=[prompt] * len(images),
-            num_vision_tokens=count,
+            num_vision_tokens=None if isinstance(count, str) else count,
             add_special_tokens=False,
             return_tensors="pt",
         ).to(model.device)
@@ -43,7 +43,8 @@ def time_to_first_token(
         for count in counts:
             _synchronise(model.device)
             start = time.perf_counter()
-            model.generate(**batches[count], max_new_tokens=1, do_sample=False)
+            named = count if isinstance(count, str) else None
+            model.generate(**batches[count], num_vision_tokens=named, max_new_tokens=1, do_sample=False)
             _synchronise(model.device)
             if repeat:
                 times[count].append(1000 * (time.perf_counter() - start))

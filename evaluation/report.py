@@ -12,27 +12,38 @@ from matplotlib.figure import Figure  # noqa: E402
 
 def markdown_table(report: Mapping) -> str:
     """
-    One row per count: accuracy of each family, their mean, time to first token.
+    One row per count: accuracy of each family, their mean and its 95 % interval, time to first token. Below it, how each
+    count's accuracy over all questions differs from the largest count's.
 
     Args:
         report (`Mapping`):
-            [`score`]'s result, with `milliseconds_to_first_token` per count when it was measured.
+            [`score`]'s result, with `milliseconds_to_first_token` per count when it was measured, and what [`compare`]
+            returns, when it was compared.
     """
     families, times = list(report["questions"]), report.get("milliseconds_to_first_token")
-    several = len(families) > 1
+    several, intervals = len(families) > 1, report.get("interval")
 
-    def row(first, values, mean, last):
-        cells = [first, *values, *([mean] if several else []), *([last] if times else [])]
-        return "| " + " | ".join(cells) + " |"
+    def row(first, values, mean, interval, last):
+        cells = [first, *values, *([mean] if several else []), *([interval] if intervals else [])]
+        return "| " + " | ".join([*cells, *([last] if times else [])]) + " |"
 
     names = [family.replace("|", "\\|") for family in families]
-    lines = [row("vision tokens", names, "mean", "ms to first token")]
+    lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", "ms to first token")]
     lines.append("|" + "---:|" * (lines[0].count(" | ") + 1))
     for count, accuracy in report["accuracy"].items():
         time = f"{times[count]:.1f}" if times else ""
-        lines.append(row(str(count), map(_percent, accuracy.values()), _percent(report["mean"][count]), time))
+        interval = "–".join(map(_percent, intervals[count])) if intervals else ""
+        name = f"auto ({report['vision_tokens'][count]:.1f} read)" if count == "auto" else str(count)
+        lines.append(row(name, map(_percent, accuracy.values()), _percent(report["mean"][count]), interval, time))
     majority = list(report["majority"].values())
-    lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), ""))
+    lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), "", ""))
+    for count, test in report.get("against_largest", {}).items():
+        lines += [""] if lines[-1].startswith("|") else []
+        bounds = f"{100 * test['low']:+.1f} to {100 * test['high']:+.1f}"
+        lines.append(
+            f"- {count} against the largest count, over all questions: {100 * test['difference']:+.1f} points ({bounds}), "
+            f"p = {test['p_value']:.2g}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -51,7 +62,8 @@ def plot_png(report: Mapping, title: str) -> bytes:
     Returns:
         `bytes`: A PNG image.
     """
-    counts = list(report["accuracy"])
+    counts = [count for count in report["accuracy"] if count != "auto"]
+    positions = [int(count) for count in counts]
     times = report.get("milliseconds_to_first_token")
     figure = Figure(figsize=(10.5 if times else 7.5, 4.6), dpi=110, layout="constrained")
     figure.suptitle(title)
@@ -60,20 +72,25 @@ def plot_png(report: Mapping, title: str) -> bytes:
     colors = matplotlib.colormaps["tab10"]
     for i, family in enumerate(families):
         values = [100 * report["accuracy"][count][family] for count in counts]
-        axes[0].plot(counts, values, marker="o", markersize=4, linewidth=1.2, color=colors(i % 10), label=family)
+        axes[0].plot(positions, values, marker="o", markersize=4, linewidth=1.2, color=colors(i % 10), label=family)
     if len(families) > 1:
         values = [100 * report["mean"][count] for count in counts]
-        axes[0].plot(counts, values, marker="s", linewidth=2.6, color="black", label="mean")
+        axes[0].plot(positions, values, marker="s", linewidth=2.6, color="black", label="mean")
+        if "auto" in report["accuracy"]:
+            tokens, mean = report["vision_tokens"]["auto"], 100 * report["mean"]["auto"]
+            axes[0].plot(tokens, mean, marker="*", markersize=15, linestyle="", color="crimson", label="mean, auto")
     axes[0].set_ylabel("exact match, %")
     axes[0].set_ylim(top=101.5)
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     if times:
-        axes[1].plot(counts, [times[count] for count in counts], marker="o", color="black")
+        axes[1].plot(positions, [times[count] for count in counts], marker="o", color="black")
+        if "auto" in times:
+            axes[1].plot(report["vision_tokens"]["auto"], times["auto"], marker="*", markersize=15, color="crimson")
         axes[1].set_ylabel("time to first token, ms")
         axes[1].set_ylim(0, 1.1 * max(times.values()))
     for axis in axes:
         axis.set_xlabel("vision tokens per image")
-        axis.set_xticks(counts)
+        axis.set_xticks(positions)
         axis.grid(alpha=0.25)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

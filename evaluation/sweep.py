@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..training.collator import place_images
 from ..training.data import Example, to_example
-from .metrics import exact_match, normalise
+from .metrics import get_metric, normalise
 
 
 @dataclass
@@ -20,14 +20,16 @@ class Prediction:
         family (`str`): The kind of question, `"all"` where the data names none.
         question (`str`): The question's text.
         answer (`str`): The expected answer.
-        predictions (`dict[int, str]`): The model's answer at each count.
+        predictions (`dict[int | str, str]`): The model's answer at each count.
+        chosen (`int`, *optional*): The count that `"auto"` chose, if that is among the counts.
     """
 
     index: int
     family: str
     question: str
     answer: str
-    predictions: dict[int, str]
+    predictions: dict[int | str, str]
+    chosen: int | None = None
 
 
 def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
@@ -49,6 +51,60 @@ def _text(message: dict) -> str:
 
 
 @torch.no_grad()
+def encode_questions(
+    model, processor, dataset, batch_size: int = 64, show_progress: bool = True
+) -> Iterator[tuple[list[Prediction], dict]]:
+    """
+    The last question of every dialog, in batches ready for `generate` at any count. The vision tower runs once per image.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        dataset (sequence): Rows as [`to_example`] takes or returns them.
+        batch_size (`int`, *optional*, defaults to 64): Questions at a time.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
+
+    Yields:
+        `tuple[list[Prediction], dict]`: What to answer, with no answers yet, and the inputs.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
+    progress = tqdm(total=len(dataset), unit="image", desc="Evaluating", disable=not show_progress)
+    for batch in _batches(dataset, batch_size):
+        images = [image for _, example in batch for image in example.images]
+        prompts, used, targets, first_image = [], [], [], 0
+        for index, example in batch:
+            for number, dialog in enumerate(example.dialogs):
+                last = max(i for i, message in enumerate(dialog) if message["role"] == "assistant")
+                prompts.append(processor.apply_chat_template(dialog[:last], add_generation_prompt=True))
+                used += range(first_image, first_image + len(example.images))
+                family = example.families[number] if example.families else "all"
+                targets.append(Prediction(index, family, _text(dialog[last - 1]), _text(dialog[last]), {}))
+            first_image += len(example.images)
+        inputs = processor.tokenizer(
+            prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        )
+        inputs = dict(inputs.to(model.device))
+        if images:
+            processed = processor(images=images, return_tensors="pt")
+            features = model.get_image_features(processed["pixel_values"].to(model.device), num_vision_tokens=1)
+            # Every question has its image's tiles.
+            tiles = processed.get("num_tiles", torch.ones(len(images), dtype=torch.long))
+            of_image = torch.arange(int(tiles.sum())).split(tiles.tolist())
+            rows = torch.cat([of_image[image] for image in used])
+            asked = {name: processed[name][rows] for name in ("pixel_values", "image_sizes") if name in processed}
+            if "num_tiles" in processed:
+                asked["num_tiles"] = tiles[used]
+            inputs = place_images(inputs, asked, processor)
+            features.last_hidden_state = features.last_hidden_state[rows]
+            del inputs["pixel_values"]
+            inputs["mm_encoder_outputs"] = {"image": features}
+        yield targets, inputs
+        progress.update(len(batch))
+    progress.close()
+
+
+@torch.no_grad()
 def predict(
     model,
     processor,
@@ -66,7 +122,7 @@ def predict(
         model ([`TokenFlexForConditionalGeneration`]): The model.
         processor ([`TokenFlexProcessor`]): Its processor.
         dataset (sequence): Rows as [`to_example`] takes or returns them.
-        counts (`Sequence[int]`): The vision-token counts.
+        counts (`Sequence[int | str]`): The vision-token counts; `"auto"` is one of them that chooses itself.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
@@ -74,64 +130,51 @@ def predict(
     Returns:
         `list[Prediction]`: One per dialog, in order.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
     was_training = model.training
     model.eval()
-    tokenizer, results = processor.tokenizer, []
-    progress = tqdm(total=len(dataset), unit="image", desc="Evaluating", disable=not show_progress)
-    for batch in _batches(dataset, batch_size):
-        images = [image for _, example in batch for image in example.images]
-        prompts, used, targets, first_image = [], [], [], 0
-        for index, example in batch:
-            for number, dialog in enumerate(example.dialogs):
-                last = max(i for i, message in enumerate(dialog) if message["role"] == "assistant")
-                prompts.append(processor.apply_chat_template(dialog[:last], add_generation_prompt=True))
-                used += range(first_image, first_image + len(example.images))
-                family = example.families[number] if example.families else "all"
-                targets.append(Prediction(index, family, _text(dialog[last - 1]), _text(dialog[last]), {}))
-            first_image += len(example.images)
-        inputs = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-        inputs = dict(inputs.to(model.device))
-        if images:
-            processed = processor(images=images, return_tensors="pt")
-            features = model.get_image_features(processed["pixel_values"].to(model.device), num_vision_tokens=1)
-            # Every question has its image's tiles.
-            tiles = processed.get("num_tiles", torch.ones(len(images), dtype=torch.long))
-            of_image = torch.arange(int(tiles.sum())).split(tiles.tolist())
-            rows = torch.cat([of_image[image] for image in used])
-            asked = {name: processed[name][rows] for name in ("pixel_values", "image_sizes") if name in processed}
-            if "num_tiles" in processed:
-                asked["num_tiles"] = tiles[used]
-            inputs = place_images(inputs, asked, processor)
-            features.last_hidden_state = features.last_hidden_state[rows]
-            del inputs["pixel_values"]
-            inputs["mm_encoder_outputs"] = {"image": features}
-        for count in counts:
-            output = model.generate(**inputs, num_vision_tokens=count, max_new_tokens=max_new_tokens, do_sample=False)
-            answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for target, answer in zip(targets, answers):
-                target.predictions[count] = answer.strip()
+    results = []
+    for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress):
+        answer_questions(model, processor, targets, inputs, counts, max_new_tokens)
         results += targets
-        progress.update(len(batch))
-    progress.close()
     model.train(was_training)
     return results
 
 
-def score(predictions: Sequence[Prediction], counts: Sequence[int]) -> dict:
+def answer_questions(
+    model, processor, targets: Sequence[Prediction], inputs: dict, counts: Sequence[int], max_new_tokens: int = 16
+) -> None:
+    """Fills in a batch's answers at every count; `inputs` and `targets` come from [`encode_questions`]."""
+    for count in counts:
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        output = model.generate(**inputs, num_vision_tokens=count, **options)
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+        for target, answer in zip(targets, processor.tokenizer.batch_decode(answers, skip_special_tokens=True)):
+            target.predictions[count] = answer.strip()
+        if output.get("num_vision_tokens") is not None:
+            for target, chosen in zip(targets, output["num_vision_tokens"].tolist()):
+                target.chosen = chosen
+
+
+def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:
     """
-    Exact-match accuracy per count and family.
+    Accuracy per count and family.
 
     Args:
         predictions (`Sequence[Prediction]`): What [`predict`] returns.
-        counts (`Sequence[int]`): The counts to score.
+        counts (`Sequence[int | str]`): The counts to score.
+        metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
 
     Returns:
         `dict`: Per family `questions`, their number, and `majority`, the accuracy of always giving the commonest
         answer; per count `accuracy` of each family, its `mean` over families and `overall` over questions. Accuracies
         go from 0 to 1.
+
+    Raises:
+        ValueError: If there is no such metric, or nothing to score.
     """
+    rate = get_metric(metric)
+    if not predictions:
+        raise ValueError("`predictions` is empty: there is nothing to score.")
     families = defaultdict(list)
     for prediction in sorted(predictions, key=lambda prediction: prediction.family):
         families[prediction.family].append(prediction)
@@ -147,8 +190,7 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int]) -> dict:
     }
     for count in counts:
         right = {
-            family: [exact_match(p.predictions[count], p.answer) for p in members]
-            for family, members in families.items()
+            family: [rate(p.predictions[count], p.answer) for p in members] for family, members in families.items()
         }
         accuracy = {family: sum(hits) / len(hits) for family, hits in right.items()}
         report["accuracy"][count] = accuracy

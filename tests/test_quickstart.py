@@ -41,7 +41,8 @@ def test_everything_is_written(folder):
     assert Image.open(folder / "question.png").size == (64, 64)
     report = json.loads((folder / "results.json").read_text())
     assert report["accuracy"].keys() == report["milliseconds_to_first_token"].keys() == {"4", "16", "36"}
-    assert len((folder / "results.md").read_text().strip().split("\n")) == 2 + 3 + 1
+    table, differences = (folder / "results.md").read_text().strip().split("\n\n")
+    assert len(table.split("\n")) == 2 + 3 + 1 and len(differences.split("\n")) == 2
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().strip().split("\n")]
     assert {line["index"] for line in lines} == set(range(20))
     assert sum(report["questions"].values()) == len(lines)

@@ -49,6 +49,20 @@ def test_table_holds_the_scores():
     assert float(table[-1][columns["mean"]]) == pytest.approx(100.0)
 
 
+def test_intervals_choices_and_differences_stand_beside_the_scores():
+    scores = report()
+    for name in ("accuracy", "mean", "milliseconds_to_first_token"):
+        scores[name]["auto"] = scores[name][16]
+    scores["interval"] = {count: [0.5, 0.625] for count in [*COUNTS, "auto"]}
+    scores["vision_tokens"] = {4: 4, 16: 16, 36: 36, "auto": 17.25}
+    scores["against_largest"] = {4: {"difference": -0.125, "low": -0.25, "high": 0.0, "p_value": 0.0123}}
+    table = markdown_table(scores)
+    rows = cells(table.split("\n\n")[0])
+    assert rows[4][0] == "auto (17.2 read)" and rows[4][rows[0].index("95 % of means")] == "50.0–62.5"
+    assert "- 4 against the largest count, over all questions: -12.5 points (-25.0 to +0.0), p = 0.012" in table
+    Image.open(io.BytesIO(plot_png(scores, "a title"))).load()
+
+
 def test_separator_has_as_many_columns_as_the_header():
     header, separator = markdown_table(report()).split("\n")[:2]
     assert header.count("|") == separator.count("|")

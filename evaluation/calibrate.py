@@ -1,0 +1,245 @@
+"""`tokenflex calibrate`: teaches a checkpoint to choose its number of vision tokens for each question."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+from ..choosing_tokenflex import smallest_sufficient
+from ..files import save_checkpoint, write_file
+from ..training.datasets import SourceArguments, load_rows
+from .metrics import exact_match
+from .sweep import answer_questions, encode_questions
+
+
+NUM_FOLDS = 5
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+TOLERANCES = np.linspace(0, 1, 201)
+
+
+@dataclass
+class Observations:
+    """
+    What a model does at every count, question by question.
+
+    Args:
+        choices (`list[int]`): The counts, rising.
+        hidden_states (`torch.Tensor` of shape `(num_questions, hidden_size)`): See `read_questions`.
+        right (`torch.Tensor` of shape `(num_questions, num_choices)`): 1 for a right answer, else 0.
+        images (`torch.Tensor` of shape `(num_questions,)`): The row of the data set that each question is about.
+    """
+
+    choices: list[int]
+    hidden_states: torch.Tensor
+    right: torch.Tensor
+    images: torch.Tensor
+
+
+@torch.no_grad()
+def observe(
+    model, processor, dataset, batch_size: int = 64, max_new_tokens: int = 16, show_progress: bool = True
+) -> Observations:
+    """Reads and answers every question of a data set at every count; arguments as for [`predict`]."""
+    model.eval()
+    choices = sorted(model.config.vision_token_choices)
+    hidden_states, right, images = [], [], []
+    for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress):
+        hidden_states.append(model.read_questions(**inputs).cpu())
+        answer_questions(model, processor, targets, inputs, choices, max_new_tokens)
+        right += [[float(exact_match(t.predictions[count], t.answer)) for count in choices] for t in targets]
+        images += [target.index for target in targets]
+    return Observations(choices, torch.cat(hidden_states), torch.tensor(right), torch.tensor(images))
+
+
+def fit_head(hidden_states: torch.Tensor, right: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logistic regression of right answers at each count on standardised hidden states.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_questions, hidden_size)`): The features.
+        right (`torch.Tensor` of shape `(num_questions, num_choices)`): 1 for a right answer, else 0.
+        penalty (`float`): The weight of the squared norm.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Weight of shape `(num_choices, hidden_size)` and bias of shape
+        `(num_choices,)`, for hidden states as they come.
+    """
+    mean, scale = hidden_states.mean(0), hidden_states.std(0).clamp_min(1e-6)
+    features = ((hidden_states - mean) / scale).double()
+    weight = torch.zeros(right.shape[1], features.shape[1], dtype=torch.double, requires_grad=True)
+    bias = torch.zeros(right.shape[1], dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.binary_cross_entropy_with_logits(features @ weight.T + bias, right.double())
+        loss = loss + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight = weight.detach().float() / scale
+    return weight, bias.detach().float() - weight @ mean
+
+
+def foresee(observations: Observations) -> tuple[torch.Tensor, float]:
+    """
+    Each question's chances by heads that were fitted without its image, at the penalty that foresees best.
+
+    Returns:
+        `tuple[torch.Tensor, float]`: Chances of shape `(num_questions, num_choices)`, and the penalty.
+    """
+    folds = observations.images % NUM_FOLDS
+    results = []
+    for penalty in PENALTIES:
+        chances = torch.empty_like(observations.right)
+        for fold in range(NUM_FOLDS):
+            held_out = folds == fold
+            weight, bias = fit_head(observations.hidden_states[~held_out], observations.right[~held_out], penalty)
+            chances[held_out] = (observations.hidden_states[held_out] @ weight.T + bias).sigmoid()
+        loss = functional.binary_cross_entropy(chances.clamp(1e-6, 1 - 1e-6), observations.right)
+        results.append((float(loss), penalty, chances))
+    _, penalty, chances = min(results, key=lambda result: result[0])
+    return chances, penalty
+
+
+@dataclass
+class OperatingPoint:
+    """
+    Args:
+        tolerance (`float`): See `choose_vision_tokens`.
+        accuracy (`float`): The share of right answers at the chosen counts.
+        vision_tokens (`float`): The mean of the chosen counts.
+        total_vision_tokens (`float`): With the smallest count, at which every question is read to choose.
+    """
+
+    tolerance: float
+    accuracy: float
+    vision_tokens: float
+    total_vision_tokens: float
+
+
+def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequence[float] = TOLERANCES):
+    """What each tolerance leads to, `list[OperatingPoint]`."""
+    points = []
+    for tolerance in tolerances:
+        chosen = smallest_sufficient(chances, observations.choices, float(tolerance))
+        columns = torch.tensor([observations.choices.index(count) for count in chosen])
+        accuracy = observations.right.gather(1, columns[:, None]).mean()
+        tokens = sum(chosen) / len(chosen)
+        points.append(OperatingPoint(float(tolerance), float(accuracy), tokens, tokens + min(observations.choices)))
+    return points
+
+
+def calibrate(
+    model, observations: Observations, accuracy_loss: float | None = 0.002, mean_tokens: float | None = None
+) -> dict:
+    """
+    Fits the head and finds the tolerance, and gives both to the model's config.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model that was observed.
+        observations ([`Observations`]): What it did on data that it is not going to be tested on.
+        accuracy_loss (`float`, *optional*, defaults to 0.002):
+            How much accuracy, from 0 to 1, may be lost against the largest count; the fewest tokens that keep it are
+            taken.
+        mean_tokens (`float`, *optional*):
+            In its place, how many vision tokens may be read per image on average, the reading at the smallest count
+            included; the best accuracy within it is taken.
+
+    Returns:
+        `dict`: `point` (the [`OperatingPoint`] that was found, foreseen on held-out folds), `uniform` accuracies by
+        count, `oracle` (accuracy and tokens if the smallest right count were always known), `curve` and `penalty`.
+
+    Raises:
+        ValueError: If no tolerance reaches the target.
+    """
+    chances, penalty = foresee(observations)
+    curve = trace(chances, observations)
+    uniform = dict(zip(observations.choices, observations.right.mean(0).tolist()))
+    if mean_tokens is not None:
+        within = [point for point in curve if point.total_vision_tokens <= mean_tokens]
+        target = f"`mean_tokens`={mean_tokens}: the least that is read is {curve[-1].total_vision_tokens:.1f}"
+        point = max(within, key=lambda point: (point.accuracy, -point.vision_tokens), default=None)
+    else:
+        needed = uniform[max(observations.choices)] - accuracy_loss
+        within = [point for point in curve if point.accuracy >= needed]
+        target = (
+            f"`accuracy_loss`={accuracy_loss}: choosing reaches {max(p.accuracy for p in curve):.4f}, not {needed:.4f}"
+        )
+        point = min(within, key=lambda point: (point.vision_tokens, -point.accuracy), default=None)
+    if point is None:
+        raise ValueError(f"{target}. Allow more, or calibrate on more data.")
+    weight, bias = fit_head(observations.hidden_states, observations.right, penalty)
+    model.config.vision_token_chooser = {
+        "choices": observations.choices,
+        "weight": weight.tolist(),
+        "bias": bias.tolist(),
+        "tolerance": point.tolerance,
+    }
+    known = [
+        next((n for n, hit in zip(observations.choices, row) if hit), min(observations.choices))
+        for row in observations.right.tolist()
+    ]
+    return {
+        "point": asdict(point),
+        "uniform": uniform,
+        "oracle": {"accuracy": float(observations.right.amax(1).mean()), "vision_tokens": sum(known) / len(known)},
+        "penalty": penalty,
+        "questions": len(observations.right),
+        "curve": [asdict(point) for point in curve],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(
+        SourceArguments,
+        prog="tokenflex calibrate",
+        description="Teach a checkpoint to choose its number of vision tokens for each question (`--num_vision_tokens auto`).",
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument(
+        "--output_dir",
+        help="Where the calibrated checkpoint goes. Default: a folder's own config is changed in place.",
+    )
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--accuracy_loss",
+        type=float,
+        default=0.005,
+        help="Accuracy that may be lost against the largest count, from 0 to 1.",
+    )
+    target.add_argument("--mean_tokens", type=float, help="Vision tokens that may be read per image on average.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
+    args = parser.parse_args(argv)
+    report = calibrate_checkpoint(args)
+    print(json.dumps({name: value for name, value in report.items() if name != "curve"}))  # noqa: T201
+
+
+def calibrate_checkpoint(args: argparse.Namespace) -> dict:
+    path = Path(args.model_name_or_path)
+    if args.output_dir is None and not path.is_dir():
+        raise ValueError(
+            f"`output_dir` is needed: {args.model_name_or_path} is no folder, whose config could be changed."
+        )
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    special_tokens = processor.tokenizer.all_special_tokens
+    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
+    observations = observe(model, processor, rows, args.batch_size, args.max_new_tokens)
+    report = calibrate(model, observations, args.accuracy_loss, args.mean_tokens)
+    if args.output_dir is not None:
+        save_checkpoint(args.output_dir, model, processor)
+    else:
+        config = json.loads((path / "config.json").read_text())
+        config["vision_token_chooser"] = model.config.vision_token_chooser
+        write_file(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_file(Path(args.output_dir or path) / "calibration.json", json.dumps(report, indent=2) + "\n")
+    return report

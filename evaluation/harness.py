@@ -1,0 +1,159 @@
+"""What evaluation harnesses share: a checkpoint that answers conversations at one vision-token count."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..conversation_tokenflex import mask_padding_of_answers
+from ..training.data import decode_image
+
+
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass
+class Answer:
+    """
+    Args:
+        text (`str`): The answer.
+        input_tokens (`int`): Tokens of the prompt, vision tokens included.
+        vision_tokens (`int`): Vision tokens of the prompt.
+        output_tokens (`int`): Tokens of the answer, its end included.
+    """
+
+    text: str
+    input_tokens: int
+    vision_tokens: int
+    output_tokens: int
+
+
+def parse_num_vision_tokens(value):
+    """
+    The count or grid that a command line or a JSON file says; what is neither is left for the processor to refuse.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.harness import parse_num_vision_tokens
+
+    >>> [parse_num_vision_tokens(value) for value in ("64", "8x12", [8, 12], 64)]
+    [64, (8, 12), (8, 12), 64]
+    ```
+    """
+    if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
+        value = [int(side) for side in value.split("x")]
+        return value[0] if len(value) == 1 else tuple(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class HarnessModel:
+    """
+    A checkpoint as harnesses ask it. Meant to stand before a harness's own base class among a class's bases.
+
+    Args:
+        pretrained (`str`):
+            A checkpoint folder or Hub id.
+        num_vision_tokens (`int`, `str` or `tuple[int, int]`, *optional*):
+            The vision-token count of every image, or the grid, as `(rows, columns)` or `"8x12"`. Defaults to the
+            checkpoint's.
+        device (`str`, *optional*):
+            Where the model runs; `"auto"` spreads it over all GPUs. Defaults to the GPU if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            The weights' dtype; `"auto"` is the checkpoint's.
+        attn_implementation (`str`, *optional*):
+            As in transformers.
+        unknown:
+            Refused by name.
+
+    Raises:
+        ValueError: If the count is not allowed, or an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_vision_tokens: int | str | tuple[int, int] | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        **unknown,
+    ):
+        known = [*inspect.signature(type(self)).parameters, *inspect.signature(HarnessModel).parameters]
+        known = [name for name in dict.fromkeys(known) if name not in ("unknown", "options")]
+        for name, value in unknown.items():
+            nearest = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"Unknown model argument `{name}`={value!r}.{meant} Known: {', '.join(known)}.")
+        super().__init__()
+        self.processor = AutoProcessor.from_pretrained(pretrained)
+        num_vision_tokens = parse_num_vision_tokens(num_vision_tokens)
+        self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            pretrained,
+            dtype=dtype,
+            device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            attn_implementation=attn_implementation,
+        ).eval()
+        self.device = self.model.device
+        if num_vision_tokens is None:
+            # `generate` would follow it whatever the prompt is encoded at.
+            num_vision_tokens = parse_num_vision_tokens(
+                getattr(self.model.generation_config, "num_vision_tokens", None)
+            )
+        self.num_vision_tokens = num_vision_tokens
+
+    def answer(self, conversations: Sequence[list[dict]], **options) -> list[Answer]:
+        """
+        Answers conversations, all in one batch.
+
+        Args:
+            conversations (`Sequence[list[dict]]`):
+                Messages in transformers' chat format, each with a list of parts of type `text`, `image` or `video`.
+            options:
+                Of `generate`, such as `max_new_tokens`; greedy where they do not say otherwise.
+
+        Returns:
+            `list[Answer]`: One per conversation.
+
+        Raises:
+            ValueError: If a part is of another type, or its image cannot be read.
+        """
+        conversations = [[_read(message) for message in conversation] for conversation in conversations]
+        count = {} if self.num_vision_tokens is None else {"num_vision_tokens": self.num_vision_tokens}
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, **count},
+        )
+        output = self.model.generate(**inputs.to(self.device), **count, **{**GREEDY, **options})
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        config = self.model.generation_config
+        ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).reshape(-1).tolist()
+        pad_token_id = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
+        lengths = (
+            inputs["attention_mask"].sum(-1),
+            (inputs["input_ids"] == self.processor.image_token_id).sum(-1),
+            mask_padding_of_answers(answers, pad_token_id, ends).sum(-1),
+        )
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [Answer(text.strip(), *counts) for text, *counts in zip(texts, *(n.tolist() for n in lengths))]
+
+
+def _read(message: dict) -> dict:
+    """The message with its local images decoded as in training; addresses are left for transformers to fetch."""
+    parts = []
+    for part in message["content"]:
+        if part["type"] not in ("text", "image", "video"):
+            raise ValueError(f"A message has a part of type {part['type']!r}: TokenFLEX takes text, image and video.")
+        image = part.get("image")
+        is_address = isinstance(image, str) and re.match(r"https?://|data:", image)
+        parts.append(part if image is None or is_address else {**part, "image": decode_image(image)})
+    return {**message, "content": parts}

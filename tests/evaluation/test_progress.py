@@ -1,0 +1,94 @@
+import json
+import sys
+
+import pytest
+
+from tokenflex.evaluation.evaluate import main
+from tokenflex.evaluation.progress import predict_on_and_on, read_partial
+from tokenflex.evaluation.sweep import predict
+from tokenflex.files import save_checkpoint
+from tokenflex.training.synthetic import SyntheticVQA
+
+
+ROWS = SyntheticVQA(9, 4, questions_per_image=3)
+RUN = {"dataset": "drawn", "counts": [4, 36]}
+
+
+class Stopping:
+    """Rows that end the process, as it were, when the given one is read."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise KeyboardInterrupt
+        return ROWS[index]
+
+
+def on_and_on(tiny, path, rows, **options):
+    return predict_on_and_on(path, RUN, *tiny, rows, [4, 36], 4, 4, show_progress=False, **options)
+
+
+@pytest.mark.parametrize("torn", [0, 7])
+@pytest.mark.parametrize("stops", [[5], [2, 7], [0]])
+def test_a_stopped_evaluation_goes_on_and_answers_nothing_twice(tiny, tmp_path, stops, torn, monkeypatch):
+    path = tmp_path / "out" / "partial.jsonl"
+    whole = predict(*tiny, ROWS, [4, 36], batch_size=4, max_new_tokens=4, show_progress=False)
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            on_and_on(tiny, path, Stopping(stop))
+        if path.exists() and torn:
+            lines = path.read_text().split("\n")
+            path.write_text("\n".join(lines[:-1]) + "\n" + '[{"index": '[:torn])
+    done = read_partial(path, RUN)
+    assert done == whole[: len(done)] and (stops == [0]) == (not done)
+    asked = []
+    generate = tiny[0].generate
+    monkeypatch.setattr(
+        tiny[0], "generate", lambda **kwargs: asked.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    )
+    assert on_and_on(tiny, path, ROWS) == whole
+    assert sum(asked) == 2 * (len(whole) - len(done))
+
+
+def test_answers_of_another_evaluation_are_refused(tiny, tmp_path):
+    on_and_on(tiny, tmp_path / "partial.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"differs in dataset \(drawn, not other\): name another"):
+        read_partial(tmp_path / "partial.jsonl", {**RUN, "dataset": "other"})
+
+
+def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, monkeypatch):
+    save_checkpoint(tmp_path / "checkpoint", *tiny)
+    arguments = [
+        "--model_name_or_path",
+        str(tmp_path / "checkpoint"),
+        "--dataset",
+        "synthetic:6@2",
+        "--batch_size",
+        "8",
+    ]
+
+    def results(folder):
+        main([*arguments, "--output_dir", str(tmp_path / folder)])
+        report = json.loads((tmp_path / folder / "results.json").read_text())
+        report.pop("milliseconds_to_first_token")
+        return report, (tmp_path / folder / "predictions.jsonl").read_bytes()
+
+    expected = results("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules["tokenflex.evaluation.evaluate"],
+            "score",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            results("stopped")
+    assert (tmp_path / "stopped" / "predictions.partial.jsonl").is_file()
+    with pytest.raises(ValueError, match="differs in counts"):
+        main([*arguments, "--output_dir", str(tmp_path / "stopped"), "--counts", "4"])
+    assert results("stopped") == expected
+    assert len(list((tmp_path / "stopped").iterdir())) == 4
