@@ -1,13 +1,18 @@
 """`tokenflex eval`: scores a checkpoint on a data set at every vision-token count."""
 
+import contextlib
 import json
+import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import write_file
@@ -18,7 +23,7 @@ from .metrics import METRICS, get_metric
 from .progress import predict_on_and_on
 from .report import markdown_table, plot_png
 from .statistics import mean_over_families, paired_test
-from .sweep import Prediction, predict, score
+from .sweep import Prediction, score
 
 
 PARTIAL = "predictions.partial.jsonl"
@@ -38,7 +43,8 @@ def evaluate(
     run: dict | None = None,
 ) -> tuple[dict, list]:
     """
-    Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score.
+    Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score. Processes
+    that were launched together share the rows; each returns the whole report.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -62,18 +68,24 @@ def evaluate(
     counts = list(
         counts or model.config.vision_token_choices + ["auto"] * (model.config.vision_token_chooser is not None)
     )
-    options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress)
-    if partial_file is None:
-        predictions = predict(*options)
-    else:
-        predictions = predict_on_and_on(partial_file, json.loads(json.dumps(run or {})), *options)
+    state = _processes()
+    share = range(state.process_index, len(dataset), state.num_processes)
+    options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)
+    with contextlib.ExitStack() as stack:
+        if partial_file is None:
+            partial_file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / PARTIAL
+        run = json.loads(json.dumps({**(run or {}), "num_processes": state.num_processes}))
+        predictions = predict_on_and_on(_of_process(partial_file), run, *options, indices=share)
+    if state.num_processes > 1:
+        # A row's questions stay in order, rows of all processes are put in theirs.
+        predictions = sorted(gather_object(predictions), key=lambda prediction: prediction.index)
     report = {"metric": metric, **score(predictions, counts, metric), **compare(predictions, counts, metric)}
     smallest = min(model.config.vision_token_choices)
     report["vision_tokens"] = {
         count: sum(p.chosen for p in predictions) / len(predictions) + smallest if count == "auto" else count
         for count in counts
     }
-    if latency_batch_size:
+    if latency_batch_size and state.is_main_process:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
         images = [image for row in rows for image in to_example(row).images[:1]]
         times = time_to_first_token(model, processor, images, predictions[0].question, counts) if images else None
@@ -82,10 +94,22 @@ def evaluate(
     report["machine"] = {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": state.num_processes,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     return report, predictions
+
+
+def _processes() -> PartialState:
+    # Of launched processes without a GPU, accelerate makes one group only if it is told that they run on CPUs.
+    return PartialState(cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available())
+
+
+def _of_process(path: str | Path) -> Path:
+    """Each process keeps its answers in a file of its own."""
+    state, path = _processes(), Path(path)
+    return path if state.num_processes == 1 else path.with_suffix(f".{state.process_index}{path.suffix}")
 
 
 def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:
@@ -146,7 +170,9 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     special_tokens = processor.tokenizer.all_special_tokens
     rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
+    state = _processes()
+    place = "auto" if state.num_processes == 1 else state.device
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map=place)
     run = {name: getattr(args, name) for name in ("model_name_or_path", "dataset", "dataset_split", "counts")}
     run |= {"max_new_tokens": args.max_new_tokens, "rows": len(rows)}
     partial_file = Path(args.output_dir) / PARTIAL
@@ -161,7 +187,10 @@ def main(argv: list[str] | None = None) -> None:
         partial_file=partial_file,
         run=run,
     )
-    save_report(args.output_dir, report, predictions, " + ".join(Path(name).stem for name in args.dataset))
-    partial_file.unlink(missing_ok=True)
-    print(markdown_table(report))  # noqa: T201
-    print(json.dumps({"accuracy": report["overall"], "output_dir": args.output_dir}))  # noqa: T201
+    if state.is_main_process:
+        save_report(args.output_dir, report, predictions, " + ".join(Path(name).stem for name in args.dataset))
+    state.wait_for_everyone()
+    _of_process(partial_file).unlink(missing_ok=True)
+    state.print(markdown_table(report))
+    state.print(json.dumps({"accuracy": report["overall"], "output_dir": args.output_dir}))
+    state.destroy_process_group()

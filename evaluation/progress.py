@@ -53,6 +53,7 @@ def predict_on_and_on(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     show_progress: bool = True,
+    indices: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """
     As [`predict`], with every batch's answers written to a file, from which a later call goes on.
@@ -61,18 +62,19 @@ def predict_on_and_on(
         path (`str` or `Path`): The file; delete it when the answers are no longer needed.
         run (`dict`): What the evaluation is of; answers of another are refused.
         model, processor, dataset, counts, batch_size, max_new_tokens, show_progress: As for [`predict`].
+        indices (`Sequence[int]`, *optional*): Which rows to answer, rising. Defaults to all.
     """
     path = Path(path)
     results = read_partial(path, run)
-    start = results[-1].index + 1 if results else 0
     if not results:
         path.unlink(missing_ok=True)
-    rest = Subset(dataset, range(start, len(dataset)))
+    last = results[-1].index if results else -1
+    rest = [index for index in (range(len(dataset)) if indices is None else indices) if index > last]
     model.eval()
-    for targets, inputs in encode_questions(model, processor, rest, batch_size, show_progress):
+    for targets, inputs in encode_questions(model, processor, Subset(dataset, rest), batch_size, show_progress):
         answer_questions(model, processor, targets, inputs, counts, max_new_tokens)
         for target in targets:
-            target.index += start
+            target.index = rest[target.index]
         results += targets
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()

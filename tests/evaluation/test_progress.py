@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -92,3 +94,28 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, m
         main([*arguments, "--output_dir", str(tmp_path / "stopped"), "--counts", "4"])
     assert results("stopped") == expected
     assert len(list((tmp_path / "stopped").iterdir())) == 4
+
+
+def test_two_processes_give_the_report_of_one(tiny, tmp_path, capsys):
+    save_checkpoint(tmp_path / "checkpoint", *tiny)
+    arguments = [
+        "--model_name_or_path",
+        str(tmp_path / "checkpoint"),
+        "--dataset",
+        "synthetic:7@2",
+        "--batch_size",
+        "8",
+    ]
+    main([*arguments, "--output_dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0"]
+    launch += ["--rdzv_backend", "c10d", "-m", "tokenflex", "eval", *arguments, "--output_dir", str(tmp_path / "two")]
+    finished = subprocess.run(launch, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout.strip().split("\n")[-1])["output_dir"] == str(tmp_path / "two")
+    reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [report.pop("machine")["processes"] for report in reports] == [1, 2]
+    assert all(report.pop("milliseconds_to_first_token").keys() == {"4", "16", "36"} for report in reports)
+    assert reports[0] == reports[1]
+    answers = [(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two")]
+    assert answers[0] == answers[1]
+    assert len(list((tmp_path / "two").iterdir())) == 4
