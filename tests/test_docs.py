@@ -23,7 +23,8 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_in_docstrings_run(module):
+def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     source = importlib.import_module(module)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=options)
