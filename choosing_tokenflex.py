@@ -99,7 +99,7 @@ class TokenFlexChoosingMixin:
 
     def _resolve_named_count(self, name: str, input_ids: torch.LongTensor | None, kwargs: dict):
         """
-        A named count's number; for `"auto"` a list with one per image, and the number for each prompt.
+        A named count's number; for `"auto"` a list with one per image, and the number for each prompt, 0 without images.
 
         Returns:
             `tuple[int | list[int] | None, list[int] | None]`
@@ -124,4 +124,5 @@ class TokenFlexChoosingMixin:
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, 1, return_dict=True)}
         chosen = self.choose_vision_tokens(input_ids, **kwargs)
         _, rows = locate_images(input_ids, self._encoded_grids(input_ids, kwargs), self.config.image_token_id)
-        return [chosen[row] for row in rows.tolist()], chosen
+        rows = rows.tolist()
+        return [chosen[row] for row in rows], [count if row in rows else 0 for row, count in enumerate(chosen)]

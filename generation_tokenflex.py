@@ -52,7 +52,8 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, GenerationMixin):
         Returns:
             As in transformers. Sequences begin with the caller's `input_ids`, so
             `output[:, input_ids.shape[1]:]` is the answer at every count. With `"auto"` and
-            `return_dict_in_generate=True` the output's `num_vision_tokens` holds each prompt's count.
+            `return_dict_in_generate=True` the output's `num_vision_tokens` holds each prompt's count, 0
+            for one without images.
 
         Raises:
             ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be

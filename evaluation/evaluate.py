@@ -1,6 +1,5 @@
 """`tokenflex eval`: scores a checkpoint on a data set at every vision-token count."""
 
-import contextlib
 import json
 import os
 import platform
@@ -65,26 +64,23 @@ def evaluate(
         `tuple[dict, list[Prediction]]`: The report, [`score`]'s and [`compare`]'s figures and times, and every answer.
     """
     get_metric(metric)
-    counts = list(
-        counts or model.config.vision_token_choices + ["auto"] * (model.config.vision_token_chooser is not None)
-    )
+    can_choose = model.config.vision_token_chooser is not None
+    counts = list(counts or [*model.config.vision_token_choices, *["auto"] * can_choose])
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
     options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)
-    with contextlib.ExitStack() as stack:
-        if partial_file is None:
-            partial_file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / PARTIAL
-        run = json.loads(json.dumps({**(run or {}), "num_processes": state.num_processes}))
-        predictions = predict_on_and_on(_of_process(partial_file), run, *options, indices=share)
+    run = json.loads(json.dumps({**(run or {}), "num_processes": state.num_processes}))
+    with tempfile.TemporaryDirectory() as folder:
+        file = _of_process(partial_file or Path(folder, PARTIAL))
+        predictions = predict_on_and_on(file, run, *options, indices=share)
     if state.num_processes > 1:
         # A row's questions stay in order, rows of all processes are put in theirs.
         predictions = sorted(gather_object(predictions), key=lambda prediction: prediction.index)
     report = {"metric": metric, **score(predictions, counts, metric), **compare(predictions, counts, metric)}
-    smallest = min(model.config.vision_token_choices)
-    report["vision_tokens"] = {
-        count: sum(p.chosen for p in predictions) / len(predictions) + smallest if count == "auto" else count
-        for count in counts
-    }
+    report["vision_tokens"] = {count: count for count in counts}
+    if "auto" in counts:  # every question with an image is read at the smallest count first
+        read = [p.chosen + min(model.config.vision_token_choices) for p in predictions if p.chosen is not None]
+        report["vision_tokens"]["auto"] = sum(read) / max(1, len(read))
     if latency_batch_size and state.is_main_process:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
         images = [image for row in rows for image in to_example(row).images[:1]]

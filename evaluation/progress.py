@@ -70,6 +70,7 @@ def predict_on_and_on(
         path.unlink(missing_ok=True)
     last = results[-1].index if results else -1
     rest = [index for index in (range(len(dataset)) if indices is None else indices) if index > last]
+    was_training = model.training
     model.eval()
     for targets, inputs in encode_questions(model, processor, Subset(dataset, rest), batch_size, show_progress):
         answer_questions(model, processor, targets, inputs, counts, max_new_tokens)
@@ -84,6 +85,7 @@ def predict_on_and_on(
             else:
                 _cut_torn_line(file)
             file.write(json.dumps([asdict(target) for target in targets]) + "\n")
+    model.train(was_training)
     return results
 
 

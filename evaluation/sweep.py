@@ -152,7 +152,7 @@ def answer_questions(
             target.predictions[count] = answer.strip()
         if output.get("num_vision_tokens") is not None:
             for target, chosen in zip(targets, output["num_vision_tokens"].tolist()):
-                target.chosen = chosen
+                target.chosen = chosen or None
 
 
 def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:

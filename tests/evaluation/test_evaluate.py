@@ -129,3 +129,21 @@ def test_answers_need_no_ascii(tmp_path):
     save_report(tmp_path, report, predictions, "título")
     line = json.loads((tmp_path / "predictions.jsonl").read_text(encoding="utf-8"))
     assert (line["question"], line["answer"]) == (row["question"], row["answer"])
+
+
+def test_a_chosen_count_is_reported_by_the_tokens_it_reads(tmp_path):
+    model, processor = tiny_model_and_processor(width=32)
+    model.config.vision_token_chooser = {
+        "choices": [4, 16, 36], "weight": [[0.0] * 32] * 3, "bias": [-1.0, 1.0, 1.0], "tolerance": 0.1
+    }  # fmt: skip
+    rows = [SyntheticVQA(1, 0, questions_per_image=2)[0], {"question": "two?", "answer": "2"}]
+    report, predictions = evaluate(model, processor, rows, max_new_tokens=2, batch_size=2, show_progress=False)
+    assert list(report["overall"]) == [4, 16, 36, "auto"]
+    assert [p.chosen for p in predictions] == [16, 16, None]
+    assert all(p.predictions["auto"] == p.predictions[16] for p in predictions)
+    together = evaluate(model, processor, rows, max_new_tokens=2, show_progress=False)
+    assert [p.chosen for p in together[1]] == [16, 16, None]
+    assert report["vision_tokens"] == together[0]["vision_tokens"] == {4: 4, 16: 16, 36: 36, "auto": 20}
+    save_report(tmp_path, report, predictions, "with auto")
+    assert "| auto (20.0 read) |" in (tmp_path / "results.md").read_text()
+    assert model.training
