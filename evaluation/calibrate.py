@@ -52,7 +52,7 @@ def observe(
     for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress):
         hidden_states.append(model.read_questions(**inputs).cpu())
         answer_questions(model, processor, targets, inputs, choices, max_new_tokens)
-        right += [[float(exact_match(t.predictions[count], t.answer)) for count in choices] for t in targets]
+        right += [[t.rate(exact_match, count) for count in choices] for t in targets]
         images += [target.index for target in targets]
     return Observations(choices, torch.cat(hidden_states), torch.tensor(right), torch.tensor(images))
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from ..files import write_file
 from ..training.data import to_example
 from ..training.datasets import SourceArguments, load_rows
-from .latency import time_to_first_token
+from .cost import measure_cost
 from .metrics import METRICS, get_metric
 from .progress import predict_on_and_on
 from .report import markdown_table, plot_png
@@ -54,14 +54,14 @@ def evaluate(
             `vision_token_choices`, and `"auto"` if it can.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
-        latency_batch_size (`int`, *optional*, defaults to 32): Prompts per batch when timing; 0 measures no time.
+        latency_batch_size (`int`, *optional*, defaults to 32): Prompts per batch when costs are measured; 0 measures none.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
         metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
         partial_file (`str` or `Path`, *optional*): Where answers are kept while it runs, to go on from.
         run (`dict`, *optional*): What a partial file is of; one of another run is refused.
 
     Returns:
-        `tuple[dict, list[Prediction]]`: The report, [`score`]'s and [`compare`]'s figures and times, and every answer.
+        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures, and every answer.
     """
     get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
@@ -84,8 +84,8 @@ def evaluate(
     if latency_batch_size and state.is_main_process:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
         images = [image for row in rows for image in to_example(row).images[:1]]
-        times = time_to_first_token(model, processor, images, predictions[0].question, counts) if images else None
-        report["milliseconds_to_first_token"] = times
+        if images:
+            report |= measure_cost(model, processor, images, predictions[0].question, counts)
         report["latency_batch_size"] = len(images)
     report["machine"] = {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
@@ -124,7 +124,7 @@ def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metr
     """
     rate, images = get_metric(metric), [prediction.index for prediction in predictions]
     families = [prediction.family for prediction in predictions]
-    rates = {count: [rate(p.predictions[count], p.answer) for p in predictions] for count in counts}
+    rates = {count: [p.rate(rate, count) for p in predictions] for count in counts}
     largest = max((count for count in counts if count != "auto"), default=None)
     return {
         "interval": {count: mean_over_families(rates[count], families, groups=images)[1:] for count in counts},

@@ -10,33 +10,42 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
 
+COSTS = {
+    "milliseconds_to_first_token": ("ms to first token", ".1f"),
+    "tokens_per_second": ("tokens / s", ".0f"),
+    "peak_memory_mib": ("peak MiB", ".0f"),
+}
+
+
 def markdown_table(report: Mapping) -> str:
     """
-    One row per count: accuracy of each family, their mean and its 95 % interval, time to first token. Below it, how each
+    One row per count: accuracy of each family, their mean and its 95 % interval, and what it costs. Below it, how each
     count's accuracy over all questions differs from the largest count's.
 
     Args:
         report (`Mapping`):
-            [`score`]'s result, with `milliseconds_to_first_token` per count when it was measured, and what [`compare`]
-            returns, when it was compared.
+            [`score`]'s result, with [`measure_cost`]'s when costs were measured, and what [`compare`] returns, when it
+            was compared.
     """
-    families, times = list(report["questions"]), report.get("milliseconds_to_first_token")
+    families, measured = list(report["questions"]), [name for name in COSTS if report.get(name)]
     several, intervals = len(families) > 1, report.get("interval")
 
-    def row(first, values, mean, interval, last):
+    def row(first, values, mean, interval, costs=None):
         cells = [first, *values, *([mean] if several else []), *([interval] if intervals else [])]
-        return "| " + " | ".join([*cells, *([last] if times else [])]) + " |"
+        return "| " + " | ".join([*cells, *(costs or [""] * len(measured))]) + " |"
 
     names = [family.replace("|", "\\|") for family in families]
-    lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", "ms to first token")]
+    titles = [COSTS[name][0] for name in measured]
+    lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", titles)]
     lines.append("|" + "---:|" * (lines[0].count(" | ") + 1))
     for count, accuracy in report["accuracy"].items():
-        time = f"{times[count]:.1f}" if times else ""
+        costs = [(report[name][count], COSTS[name][1]) for name in measured]
+        costs = ["" if value is None else format(value, spec) for value, spec in costs]
         interval = "–".join(map(_percent, intervals[count])) if intervals else ""
         name = f"auto ({report['vision_tokens'][count]:.1f} read)" if count == "auto" else str(count)
-        lines.append(row(name, map(_percent, accuracy.values()), _percent(report["mean"][count]), interval, time))
+        lines.append(row(name, map(_percent, accuracy.values()), _percent(report["mean"][count]), interval, costs))
     majority = list(report["majority"].values())
-    lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), "", ""))
+    lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), ""))
     for count, test in report.get("against_largest", {}).items():
         lines += [""] if lines[-1].startswith("|") else []
         bounds = f"{100 * test['low']:+.1f} to {100 * test['high']:+.1f}"

@@ -1,7 +1,7 @@
 """Answers and scores of one model at every vision-token count."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,10 @@ class Prediction:
         index (`int`): The row in the data set.
         family (`str`): The kind of question, `"all"` where the data names none.
         question (`str`): The question's text.
-        answer (`str`): The expected answer.
+        answer (`str`): The expected answer; of several the commonest.
         predictions (`dict[int | str, str]`): The model's answer at each count.
         chosen (`int`, *optional*): The count that `"auto"` chose, if that is among the counts.
+        references (`list[str]`, *optional*): All expected answers, where there are several.
     """
 
     index: int
@@ -30,6 +31,11 @@ class Prediction:
     answer: str
     predictions: dict[int | str, str]
     chosen: int | None = None
+    references: list[str] | None = None
+
+    def rate(self, rate: Callable[..., float], count: int | str) -> float:
+        """What a metric gives the answer at a count."""
+        return rate(self.predictions[count], self.references or self.answer)
 
 
 def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
@@ -79,7 +85,9 @@ def encode_questions(
                 prompts.append(processor.apply_chat_template(dialog[:last], add_generation_prompt=True))
                 used += range(first_image, first_image + len(example.images))
                 family = example.families[number] if example.families else "all"
-                targets.append(Prediction(index, family, _text(dialog[last - 1]), _text(dialog[last]), {}))
+                references = example.references[number] if example.references else None
+                asked, expected = _text(dialog[last - 1]), _text(dialog[last])
+                targets.append(Prediction(index, family, asked, expected, {}, references=references))
             first_image += len(example.images)
         inputs = processor.tokenizer(
             prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
@@ -180,20 +188,21 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
         families[prediction.family].append(prediction)
     report = {
         "questions": {family: len(members) for family, members in families.items()},
-        "majority": {
-            family: Counter(normalise(p.answer) for p in members).most_common(1)[0][1] / len(members)
-            for family, members in families.items()
-        },
+        "majority": {family: _rate_of_commonest(members, rate) for family, members in families.items()},
         "accuracy": {},
         "mean": {},
         "overall": {},
     }
     for count in counts:
-        right = {
-            family: [rate(p.predictions[count], p.answer) for p in members] for family, members in families.items()
-        }
+        right = {family: [p.rate(rate, count) for p in members] for family, members in families.items()}
         accuracy = {family: sum(hits) / len(hits) for family, hits in right.items()}
         report["accuracy"][count] = accuracy
         report["mean"][count] = sum(accuracy.values()) / len(accuracy)
         report["overall"][count] = sum(map(sum, right.values())) / len(predictions)
     return report
+
+
+def _rate_of_commonest(predictions: Sequence[Prediction], rate: Callable[..., float]) -> float:
+    """What always giving the commonest answer would score."""
+    ((commonest, _),) = Counter(normalise(p.answer) for p in predictions).most_common(1)
+    return sum(rate(commonest, p.references or p.answer) for p in predictions) / len(predictions)

@@ -3,6 +3,7 @@
 import io
 import re
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,16 @@ class Example:
             The kind of question of each dialog, by which scores are told apart.
         skipped (`int`, *optional*, defaults to 0):
             How many unusable rows were passed over to reach this one.
+        references (`list[list[str]]`, *optional*):
+            All answers that were given to each dialog's question, where the row has several; the dialog holds the
+            commonest of them.
     """
 
     images: list[Image.Image]
     dialogs: list[list[dict]]
     families: list[str] | None = None
     skipped: int = 0
+    references: list[list[str]] | None = None
 
 
 def to_example(row: "dict | Example", image_folder: str | Path | None = None) -> Example:
@@ -47,7 +52,9 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
         row (`dict` or `Example`):
             `question` and `answer` (and `family`), lists `questions` and `answers` (and `families`), chat `messages`,
             or LLaVA's `conversations`, with the images they are about, if any: PIL images, encoded bytes or paths in
-            `image` or `images`, or in the `image` or `path` of the messages' image parts.
+            `image` or `images`, or in the `image` or `path` of the messages' image parts. Several people's answers to
+            one `question`, or to one of the `questions`, are a list, of strings or of VQA's `{"answer": ...}`: training
+            uses the commonest, scores use all.
         image_folder (`str` or `Path`, *optional*):
             Where relative image paths start.
 
@@ -73,19 +80,20 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
     """
     if isinstance(row, Example):
         return row
-    families = None
+    families = references = None
     if row.get("messages") is not None:
         dialogs = [row["messages"]]
     elif row.get("conversations") is not None:
         dialogs = [_from_llava(row["conversations"])]
     else:
-        dialogs, families = _from_questions(row)
+        dialogs, families, references = _from_questions(row)
     dialogs = [_with_parts(dialog) for dialog in dialogs]
     images = _images(row, dialogs)
     dialogs = [_place_images(dialog, len(images)) for dialog in dialogs]
     if any(_up_to_images(dialog) != _up_to_images(dialogs[0]) for dialog in dialogs):
         raise BadRowError("its questions place the images differently, so that they cannot share them")
-    return Example([decode_image(image, image_folder) for image in images], dialogs, families)
+    images = [decode_image(image, image_folder) for image in images]
+    return Example(images, dialogs, families, references=references)
 
 
 def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
@@ -143,28 +151,44 @@ def _is_stored_image(value) -> bool:
     return isinstance(value, dict) and value.keys() == {"bytes", "path"} and any(value.values())
 
 
-def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None]:
-    """One dialog per question, and the families of the questions."""
+def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None, list[list[str]] | None]:
+    """One dialog per question, the families of the questions, and all answers where a question has several."""
     questions = row["questions"] if row.get("questions") is not None else row.get("question")
     answers = row["answers"] if row.get("answers") is not None else row.get("answer")
-    questions = questions if isinstance(questions, (list, tuple)) else [questions]
+    if not isinstance(questions, (list, tuple)):
+        questions, answers = [questions], [answers]
     answers = answers if isinstance(answers, (list, tuple)) else [answers]
     if len(questions) != len(answers):
         raise BadRowError(f"{len(questions)} questions but {len(answers)} answers")
     if not questions:
         raise BadRowError("it has no questions")
-    dialogs = []
-    for question, answer in zip(questions, answers):
-        question, answer = (str(v) if type(v) in (int, float) else v for v in (question, answer))
-        for name, value in (("question", question), ("answer", answer)):
-            if not isinstance(value, str) or not value.strip():
-                raise BadRowError(f"its {name} is {reprlib.repr(value)}, not a text; {COLUMNS_HELP}")
-        dialogs.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    dialogs, references = [], []
+    for question, given in zip(questions, answers):
+        question, given = _as_text("question", question), _inner(given)
+        given = given if isinstance(given, (list, tuple)) else [given]
+        given = [_as_text("answer", _inner(answer)) for answer in given]
+        if not given:
+            raise BadRowError(f"its question {reprlib.repr(question)} has no answers")
+        references.append(given)
+        (commonest, _), *_ = Counter(given).most_common(1)  # the first of those that are as common
+        dialogs.append([{"role": "user", "content": question}, {"role": "assistant", "content": commonest}])
     families = row["families"] if row.get("families") is not None else row.get("family")
     families = families if isinstance(families, (list, tuple, type(None))) else [str(families)] * len(dialogs)
     if families is not None and len(families) != len(dialogs):
         raise BadRowError(f"{len(families)} families for {len(dialogs)} questions")
-    return dialogs, families
+    return dialogs, families, references if any(len(given) > 1 for given in references) else None
+
+
+def _inner(answer):
+    """What is in VQA's `{"answer": ...}`, of one answer or of a column of them."""
+    return answer.get("answer") if isinstance(answer, dict) else answer
+
+
+def _as_text(name: str, value) -> str:
+    value = str(value) if type(value) in (int, float) else value
+    if not isinstance(value, str) or not value.strip():
+        raise BadRowError(f"its {name} is {reprlib.repr(value)}, not a text; {COLUMNS_HELP}")
+    return value
 
 
 def _from_llava(conversations) -> list[dict]:

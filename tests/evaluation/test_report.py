@@ -17,7 +17,12 @@ def report(families=("color", "count"), times=True):
         for i, family in enumerate(families * 5)
     ]
     scores = score(predictions, COUNTS)
-    return {**scores, "milliseconds_to_first_token": {4: 1.25, 16: 2.0, 36: 3.5}} if times else scores
+    costs = {
+        "milliseconds_to_first_token": {4: 1.25, 16: 2.0, 36: 3.5},
+        "tokens_per_second": {4: 812.3, 16: 640.2, 36: 299.9},
+        "peak_memory_mib": {4: 1024.4, 16: None, 36: 2048.0},
+    }
+    return {**scores, **costs} if times else scores
 
 
 def cells(table):
@@ -31,7 +36,8 @@ def test_table_has_one_row_per_count_and_the_majority(families, times):
     table = cells(markdown_table(report(families, times)))
     assert [row[0] for row in table] == ["vision tokens", "4", "16", "36", "commonest answer"]
     assert len({len(row) for row in table}) == 1
-    assert ("ms to first token" in table[0]) == times
+    costs = ["ms to first token", "tokens / s", "peak MiB"]
+    assert table[0][-3:] == costs if times else not set(costs) & set(table[0])
     assert all(family in table[0] for family in families)
 
 
@@ -46,12 +52,14 @@ def test_table_holds_the_scores():
         assert float(row[columns["ms to first token"]]) == pytest.approx(
             scores["milliseconds_to_first_token"][count], abs=0.051
         )
+    assert [row[columns["tokens / s"]] for row in table[1:4]] == ["812", "640", "300"]
+    assert [row[columns["peak MiB"]] for row in table[1:4]] == ["1024", "", "2048"]  # what is not known stays empty
     assert float(table[-1][columns["mean"]]) == pytest.approx(100.0)
 
 
 def test_intervals_choices_and_differences_stand_beside_the_scores():
     scores = report()
-    for name in ("accuracy", "mean", "milliseconds_to_first_token"):
+    for name in ("accuracy", "mean", "milliseconds_to_first_token", "tokens_per_second", "peak_memory_mib"):
         scores[name]["auto"] = scores[name][16]
     scores["interval"] = {count: [0.5, 0.625] for count in [*COUNTS, "auto"]}
     scores["vision_tokens"] = {4: 4, 16: 16, 36: 36, "auto": 17.25}

@@ -14,6 +14,7 @@ from tokenflex.evaluation.sweep import Prediction
 from tokenflex.training import to_example
 from tokenflex.training.data import Example
 from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.tiny import tiny_model_and_processor
 
 
 COUNTS = [1, 4, 16, 36, 64]
@@ -193,3 +194,18 @@ def test_shaped_grids_and_tiles_are_answered_as_the_processor_encodes_them(tiny,
             content = [{"type": "image"}, {"type": "text", "text": question}]
             expected = {n: plain_answer((model, processor), row["image"], content, n) for n in COUNTS}
             assert next(asked).predictions == expected
+
+
+def test_several_answers_reach_the_metric():
+    people = ["yes"] * 2 + ["yeah"] * 7 + ["no"]
+    row = {"image": Image.new("RGB", (64, 64)), "question": "is it dark?", "answers": people}
+    model, processor = tiny_model_and_processor(width=32)
+    (prediction,) = predict(model, processor, [row], [4], max_new_tokens=2, show_progress=False)
+    assert (prediction.answer, prediction.references) == ("yeah", people)
+    for said, expected in (("yes", 0.6), ("yeah", 1), ("no", 0.3), ("maybe", 0)):
+        prediction.predictions = {4: said}
+        report = score([prediction], [4], "vqa_accuracy")
+        assert report["overall"][4] == pytest.approx(expected)
+        assert report["majority"] == {"all": 1}
+    prediction.predictions = {4: "no"}
+    assert score([prediction], [4])["overall"][4] == 1  # any of them is an exact match

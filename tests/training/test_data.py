@@ -192,6 +192,9 @@ def test_families_go_with_their_questions():
         ({"image": IMAGE, "question": "", "answer": ANSWER}, "question is ''"),
         ({"image": IMAGE, "question": QUESTION, "answer": True}, "answer is True"),
         ({"image": IMAGE, "questions": ["a", "b"], "answers": ["c"]}, "2 questions but 1 answers"),
+        ({"image": IMAGE, "question": "a", "answers": []}, "question 'a' has no answers"),
+        ({"image": IMAGE, "question": "a", "answers": ["b", " "]}, "answer is ' ', not a text"),
+        ({"image": IMAGE, "question": "a", "answers": [{"answer_id": 1}]}, "answer is None, not a text"),
         ({"image": IMAGE, "questions": [], "answers": []}, "no questions"),
         ({"image": IMAGE, "questions": ["a", "b"], "answers": ["c", "d"], "families": ["x"]}, "1 families for 2"),
         ({"image": IMAGE, "question": "<image> or <image>?", "answer": ANSWER}, "places 2 images, but it has 1"),
@@ -301,3 +304,27 @@ def test_any_row_is_an_example_or_refused(row):
         parts = [part for message in dialog for part in message["content"]]
         assert sum(part == {"type": "image"} for part in parts) == len(example.images)
         assert all(part["type"] == "image" or isinstance(part["text"], str) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["2", "two", "two", "2", "3"],
+        [{"answer": text, "answer_id": i} for i, text in enumerate(["2", "two", "two", "2", "3"])],
+        {"answer": ["2", "two", "two", "2", "3"], "answer_id": [1, 2, 3, 4, 5]},
+        [2, "two", "two", 2, 3],
+    ],
+)
+def test_of_several_answers_to_a_question_the_commonest_is_trained_on(answers):
+    example = to_example({"image": IMAGE, "question": "how many?", "answers": answers})
+    assert len(example.dialogs) == 1
+    assert example.dialogs[0][1]["content"] == [{"type": "text", "text": "2"}]
+    assert example.references == [["2", "two", "two", "2", "3"]]
+
+
+def test_every_question_of_a_row_may_have_several_answers():
+    row = {"image": IMAGE, "questions": ["color?", "shape?"], "answers": [["red", "crimson", "red"], "square"]}
+    example = to_example(row)
+    assert [dialog[1]["content"][0]["text"] for dialog in example.dialogs] == ["red", "square"]
+    assert example.references == [["red", "crimson", "red"], ["square"]]
+    assert to_example({**row, "answers": ["red", "square"]}).references is None

@@ -1,0 +1,104 @@
+"""What an answer costs at every vision-token count: time to first token, tokens per second, peak memory."""
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+@torch.no_grad()
+def measure_cost(
+    model,
+    processor,
+    images: Sequence,
+    question: str,
+    counts: Sequence[int | str],
+    repeats: int = 20,
+    answer_tokens: int = 16,
+) -> dict[str, dict[int | str, float | None]]:
+    """
+    Asks one question about a batch of images at every count. Counts take turns within each repeat, so that a busy machine
+    slows all of them alike.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        images (`Sequence[PIL.Image.Image]`): One image per prompt of the batch.
+        question (`str`): The question, the same for each image.
+        counts (`Sequence[int | str]`): The vision-token counts; `"auto"` takes in the choosing.
+        repeats (`int`, *optional*, defaults to 20):
+            How often the first token is timed, after once that is not counted; whole answers a quarter as often.
+        answer_tokens (`int`, *optional*, defaults to 16): How long the answers are for tokens per second and memory.
+
+    Returns:
+        `dict[str, dict[int | str, float | None]]`: For each count, `milliseconds_to_first_token`, the median time from
+        processed inputs to the first answer token of the batch (tower, pooling, projector and prefill);
+        `tokens_per_second`, the batch's answer tokens over the median time of whole answers; `peak_memory_mib`, what the
+        device held at most while answering, weights included: of a GPU what torch had allocated, of a CPU the resident
+        memory of the process; `None` where the system does not say.
+    """
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    batches = {
+        count: processor(
+            images=list(images),
+            text=[prompt] * len(images),
+            num_vision_tokens=None if isinstance(count, str) else count,
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).to(model.device)
+        for count in counts
+    }
+
+    def answer(count: int | str, length: int) -> float:
+        """The seconds that an answer of exactly `length` tokens takes."""
+        _synchronise(model.device)
+        start = time.perf_counter()
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        model.generate(**batches[count], num_vision_tokens=count if isinstance(count, str) else None, **options)
+        _synchronise(model.device)
+        return time.perf_counter() - start
+
+    first, whole, memory = ({count: [] for count in counts} for _ in range(3))
+    for repeat in range(repeats + 1):
+        for count in counts:
+            seconds = answer(count, 1)
+            if repeat:
+                first[count].append(1000 * seconds)
+    for _ in range(max(1, repeats // 4)):
+        for count in counts:
+            _reset_peak_memory(model.device)
+            whole[count].append(answer(count, answer_tokens))
+            memory[count].append(_peak_memory(model.device))
+    return {
+        "milliseconds_to_first_token": {count: statistics.median(values) for count, values in first.items()},
+        "tokens_per_second": {
+            count: len(images) * answer_tokens / statistics.median(values) for count, values in whole.items()
+        },
+        "peak_memory_mib": {
+            count: None if None in values else statistics.median(values) / 2**20 for count, values in memory.items()
+        },
+    }
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")  # https://docs.kernel.org/filesystems/proc.html: resets the resident set's peak
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(peak[1]) if peak else None

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from tokenflex.evaluation import cost
+from tokenflex.evaluation.cost import measure_cost
+from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.tiny import tiny_model_and_processor
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    model, processor = tiny_model_and_processor(width=32)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [row["image"] for row in SyntheticVQA(3, 0)]
+
+
+def test_every_count_is_measured_as_often_and_in_turn_at_its_own_length(narrow, images):
+    model, processor = narrow
+    ran = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: ran.append((kwargs["input_ids"] == model.config.image_token_id).sum(-1).tolist()),
+        with_kwargs=True,
+    )
+    costs = measure_cost(model, processor, images, "which color?", [4, 36, 16], repeats=4, answer_tokens=3)
+    handle.remove()
+    assert set(costs) == {"milliseconds_to_first_token", "tokens_per_second", "peak_memory_mib"}
+    for values in costs.values():
+        assert list(values) == [4, 36, 16] and all(value > 0 for value in values.values())
+    round_of_first, decoding = [[4] * 3, [36] * 3, [16] * 3], [[0] * 3] * 2
+    assert ran == round_of_first * 5 + [step for prefill in round_of_first for step in (prefill, *decoding)]
+
+
+def test_answers_have_the_length_that_is_counted(narrow, images, monkeypatch):
+    model, processor = narrow
+    lengths = []
+    generate = model.generate
+
+    def recorded(**inputs):
+        output = generate(**inputs)
+        lengths.append(output.shape[1] - inputs["input_ids"].shape[1])
+        return output
+
+    # A model that always wants to end is still measured on whole answers.
+    monkeypatch.setattr(model, "generate", recorded)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(2, model.config.text_config.vocab_size)))
+    measure_cost(model, processor, images, "which color?", [4], repeats=1, answer_tokens=5)
+    assert lengths == [1, 1, 5]
+
+
+def test_peak_memory_is_that_of_the_moment():
+    device = torch.device("cpu")
+    cost._reset_peak_memory(device)
+    before = cost._peak_memory(device)
+    block = torch.ones(2**26)  # 256 MiB
+    at_most = cost._peak_memory(device)
+    del block
+    assert at_most - before > 200 * 2**20
+    cost._reset_peak_memory(device)
+    assert cost._peak_memory(device) < at_most - 200 * 2**20
+
+
+def test_unknown_memory_is_not_invented(narrow, images, monkeypatch):
+    monkeypatch.setattr(cost, "_peak_memory", lambda device: None)
+    costs = measure_cost(*narrow, images, "which color?", [4], repeats=1, answer_tokens=2)
+    assert costs["peak_memory_mib"] == {4: None}
