@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..choosing_tokenflex import NAMED_COUNTS
 from ..conversation_tokenflex import mask_padding_of_answers
 from ..training.data import decode_image
 
@@ -21,8 +22,9 @@ class Answer:
     """
     Args:
         text (`str`): The answer.
-        input_tokens (`int`): Tokens of the prompt, vision tokens included.
-        vision_tokens (`int`): Vision tokens of the prompt.
+        input_tokens (`int`):
+            Tokens of the prompt, vision tokens included; where the count chose itself, those of the pass that chooses too.
+        vision_tokens (`int`): The vision tokens among them.
         output_tokens (`int`): Tokens of the answer, its end included.
     """
 
@@ -59,8 +61,8 @@ class HarnessModel:
         pretrained (`str`):
             A checkpoint folder or Hub id.
         num_vision_tokens (`int`, `str` or `tuple[int, int]`, *optional*):
-            The vision-token count of every image, or the grid, as `(rows, columns)` or `"8x12"`. Defaults to the
-            checkpoint's.
+            The vision-token count of every image, or the grid, as `(rows, columns)` or `"8x12"`; or `"low"`, `"high"`, or
+            `"auto"` for a count that each question chooses. Defaults to the checkpoint's.
         device (`str`, *optional*):
             Where the model runs; `"auto"` spreads it over all GPUs. Defaults to the GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -71,7 +73,7 @@ class HarnessModel:
             Refused by name.
 
     Raises:
-        ValueError: If the count is not allowed, or an argument is unknown.
+        ValueError: If the count is not allowed, the checkpoint cannot choose one, or an argument is unknown.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class HarnessModel:
         super().__init__()
         self.processor = AutoProcessor.from_pretrained(pretrained)
         num_vision_tokens = parse_num_vision_tokens(num_vision_tokens)
-        self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)
+        if num_vision_tokens not in NAMED_COUNTS:
+            self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained,
             dtype=dtype,
@@ -104,6 +107,14 @@ class HarnessModel:
             # `generate` would follow it whatever the prompt is encoded at.
             num_vision_tokens = parse_num_vision_tokens(
                 getattr(self.model.generation_config, "num_vision_tokens", None)
+            )
+        choices = self.model.config.vision_token_choices
+        if num_vision_tokens in ("low", "high"):
+            num_vision_tokens = min(choices) if num_vision_tokens == "low" else max(choices)
+        if num_vision_tokens == "auto" and self.model.config.vision_token_chooser is None:
+            raise ValueError(
+                f"`num_vision_tokens`='auto': {pretrained} has not learned to choose. Run `tokenflex calibrate` on it, or "
+                f"name a count such as {max(choices)}."
             )
         self.num_vision_tokens = num_vision_tokens
 
@@ -125,24 +136,29 @@ class HarnessModel:
         """
         conversations = [[_read(message) for message in conversation] for conversation in conversations]
         count = {} if self.num_vision_tokens is None else {"num_vision_tokens": self.num_vision_tokens}
+        smallest = min(self.model.config.vision_token_choices)
+        is_auto = self.num_vision_tokens == "auto"
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, **count},
+            processor_kwargs={"padding": True, **({"num_vision_tokens": smallest} if is_auto else count)},
         )
-        output = self.model.generate(**inputs.to(self.device), **count, **{**GREEDY, **options})
-        answers = output[:, inputs["input_ids"].shape[1] :]
+        output = self.model.generate(
+            **inputs.to(self.device), **count, **{**GREEDY, **options, "return_dict_in_generate": True}
+        )
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         config = self.model.generation_config
         ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).reshape(-1).tolist()
         pad_token_id = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
-        lengths = (
-            inputs["attention_mask"].sum(-1),
-            (inputs["input_ids"] == self.processor.image_token_id).sum(-1),
-            mask_padding_of_answers(answers, pad_token_id, ends).sum(-1),
-        )
+        prompt_tokens = inputs["attention_mask"].sum(-1)
+        vision_tokens = (inputs["input_ids"] == self.processor.image_token_id).sum(-1)
+        if is_auto and output.get("num_vision_tokens") is not None:
+            answered_at = vision_tokens // smallest * output.num_vision_tokens.to(vision_tokens.device)
+            prompt_tokens, vision_tokens = 2 * prompt_tokens - vision_tokens + answered_at, vision_tokens + answered_at
+        lengths = prompt_tokens, vision_tokens, mask_padding_of_answers(answers, pad_token_id, ends).sum(-1)
         texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [Answer(text.strip(), *counts) for text, *counts in zip(texts, *(n.tolist() for n in lengths))]
 

@@ -79,7 +79,8 @@ class ChatModel(HarnessModel):
         pretrained (`str`):
             A checkpoint folder or Hub id.
         num_vision_tokens (`int` or `str`, *optional*):
-            The vision-token count of every image, or the grid as `8x12`. Defaults to the checkpoint's.
+            The vision-token count of every image, the grid as `8x12`, or `low`, `high` or `auto`. Defaults to the
+            checkpoint's.
         batch_size (`int` or `str`, *optional*, defaults to 1):
             Requests answered at a time.
         device (`str`, *optional*):

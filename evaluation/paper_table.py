@@ -22,6 +22,7 @@ PAPER = {
     "144": (56.5, 69.8, 80.8, 43.0, 79.5, 51.6, 57.5, 50.0),
     "256": (57.3, 71.4, 81.0, 44.4, 79.9, 51.0, 56.5, 50.6),
 }
+COUNT = r"\d+(?:x\d+)?|low|high|auto"
 VLMEVALKIT, LMMS_EVAL = "VLMEvalKit", "lmms-eval"
 
 
@@ -139,7 +140,7 @@ def read_scores(paths: Iterable[str | Path]) -> Scores:
 
 
 def _read_vlmevalkit(file: Path, scores: Scores) -> bool:
-    name = re.fullmatch(r"tokenflex-(\d+(?:x\d+)?)_(.+)_(acc|score)\.(csv|json)", file.name)
+    name = re.fullmatch(rf"tokenflex-({COUNT})_(.+)_(acc|score)\.(csv|json)", file.name)
     if name is None:
         return False
     for benchmark in BENCHMARKS:
@@ -164,7 +165,7 @@ def _read_lmms_eval(file: Path, scores: Scores) -> bool:
     arguments = report["config"]["model_args"]
     if isinstance(arguments, dict):
         arguments = ",".join(f"{name}={value}" for name, value in arguments.items())
-    count = re.search(r"(?:^|,)\s*num_vision_tokens=(\d+(?:x\d+)?)", arguments)
+    count = re.search(rf"(?:^|,)\s*num_vision_tokens=({COUNT})", arguments)
     if count is None:
         scores.notes.append(f"{file}: its `model_args` name no num_vision_tokens")
         return True
@@ -200,7 +201,7 @@ def markdown_table(scores: Scores) -> str:
         counts = {count for other, count, _ in scores.percent if other == harness} | PAPER.keys()
         lines += [f"**{harness}**, in %", "", "| vision tokens |  | " + " | ".join([*names, "mean"]) + " |"]
         lines.append("|---:|---|" + "---:|" * (len(names) + 1))
-        for count in sorted(counts, key=lambda count: math.prod(map(int, count.split("x")))):
+        for count in sorted(counts, key=_order):
             measured = [scores.percent.get((harness, count, name)) for name in names]
             lines.append(_row(count, "measured", measured))
             if count in PAPER:
@@ -213,6 +214,12 @@ def markdown_table(scores: Scores) -> str:
     if scores.notes:
         lines += ["Found but not used:", "", *(f"- {note}" for note in scores.notes), ""]
     return "\n".join(lines)
+
+
+def _order(count: str) -> tuple[bool, float, str]:
+    """Counts and grids by their tokens, then names."""
+    is_name = not count[0].isdigit()
+    return is_name, 0 if is_name else math.prod(map(int, count.split("x"))), count
 
 
 def _row(count: str, label: str, values: Iterable[float | None]) -> str:

@@ -102,8 +102,8 @@ def model_name(num_vision_tokens: int | tuple[int, int] | None) -> str:
     ```python
     >>> from tokenflex.evaluation.vlmevalkit import model_name
 
-    >>> [model_name(count) for count in (64, (8, 12), None)]
-    ['tokenflex-64', 'tokenflex-8x12', 'tokenflex']
+    >>> [model_name(count) for count in (64, (8, 12), "auto", None)]
+    ['tokenflex-64', 'tokenflex-8x12', 'tokenflex-auto', 'tokenflex']
     ```
     """
     if num_vision_tokens is None:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         type=parse_num_vision_tokens,
         nargs="+",
         default=[None],
-        help="Counts such as 64, or grids such as 8x12. Default: the checkpoint's.",
+        help="Counts such as 64, grids such as 8x12, or low, high, auto. Default: the checkpoint's.",
     )
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="Longest answer. Default: %(default)s.")
     parser.add_argument("--attn_implementation", help="As in transformers.")

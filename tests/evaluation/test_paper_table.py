@@ -94,6 +94,14 @@ def test_table_shows_measured_above_paper(tmp_path):
     ]
 
 
+def test_named_counts_stand_below_the_numbers(tmp_path):
+    for count in ("auto", "low", "8x12"):
+        write_vlmevalkit(tmp_path, count, ["MMStar_acc.csv"])
+    rows = markdown_table(read_scores([tmp_path])).split("\n")
+    measured = [row.split("|")[1].strip() for row in rows if "| measured |" in row]
+    assert measured == ["64", "8x12", "144", "256", "auto", "low"]
+
+
 def test_means_of_the_paper_show_its_gains():
     fixed = {"64": 57.5, "144": 60.1, "256": 61.1}
     gains = {count: round(sum(row) / len(row) - fixed[count], 1) for count, row in PAPER.items()}

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from tokenflex.evaluation.harness import HarnessModel
+from tokenflex.files import save_checkpoint
+from tokenflex.training.synthetic import draw_scene
+from tokenflex.training.tiny import tiny_model_and_processor
+
+
+CHOICES = [4, 16, 36]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Calibrated with a random head, which chooses among all counts."""
+    model, processor = tiny_model_and_processor()
+    weight = 0.3 * torch.randn(3, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    model.config.vision_token_chooser = {
+        "choices": CHOICES, "weight": weight.tolist(), "bias": [0.0, 0.0, 0.0], "tolerance": 0.1
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("harness") / "checkpoint"
+    save_checkpoint(folder, model, processor)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    """One image each, then two, then none."""
+    conversations = []
+    for index, number in enumerate([1] * 8 + [2, 0]):
+        scene = draw_scene(5, index)
+        parts = [{"type": "image", "image": scene.image}] * number
+        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": scene.questions[0][1]}]}])
+    return conversations
+
+
+def chosen_counts(model, conversations):
+    inputs = model.processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    return model.model.choose_vision_tokens(**inputs)
+
+
+@pytest.mark.parametrize("name, count", [("low", 4), ("high", 36)])
+def test_names_of_counts_are_the_counts(checkpoint, conversations, name, count):
+    named = HarnessModel(checkpoint, num_vision_tokens=name).answer(conversations, max_new_tokens=3)
+    assert named == HarnessModel(checkpoint, num_vision_tokens=count).answer(conversations, max_new_tokens=3)
+
+
+def test_auto_answers_at_the_count_that_each_conversation_chooses(checkpoint, conversations):
+    auto = HarnessModel(checkpoint, num_vision_tokens="auto")
+    answers = auto.answer(conversations, max_new_tokens=3)
+    chosen = chosen_counts(auto, conversations)
+    assert len(set(chosen)) > 1
+    at = {n: HarnessModel(checkpoint, num_vision_tokens=n).answer(conversations, max_new_tokens=3) for n in CHOICES}
+    for row, (answer, count) in enumerate(zip(answers, chosen)):
+        own, read = at[count][row], at[4][row]
+        assert (answer.text, answer.output_tokens) == (own.text, own.output_tokens)
+        # Reading to choose is paid for as well.
+        assert answer.vision_tokens == own.vision_tokens + read.vision_tokens
+        assert answer.input_tokens == own.input_tokens + read.input_tokens
+
+
+def test_auto_without_images_reads_nothing_twice(checkpoint, conversations):
+    text = [conversations[-1]]
+    expected = HarnessModel(checkpoint, num_vision_tokens=4).answer(text, max_new_tokens=3)
+    assert HarnessModel(checkpoint, num_vision_tokens="auto").answer(text, max_new_tokens=3) == expected
+
+
+def test_auto_of_a_checkpoint_that_cannot_choose_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint", *tiny_model_and_processor(width=32))
+    with pytest.raises(ValueError, match="`num_vision_tokens`='auto'.*tokenflex calibrate.*36"):
+        HarnessModel(str(tmp_path / "checkpoint"), num_vision_tokens="auto")
+
+
+def test_other_names_are_refused_before_weights_are_read(checkpoint):
+    with pytest.raises(ValueError, match="`num_vision_tokens`='medium'"):
+        HarnessModel(checkpoint, num_vision_tokens="medium")
