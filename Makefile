@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
 
-.PHONY: demo test lint clean
+.PHONY: demo test reproduce lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -13,6 +13,9 @@ test: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+reproduce: $(INSTALLED)
+	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,10 @@ VERBS = {
     "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
     "calibrate": ("evaluation.calibrate", "teach a checkpoint to choose its count for each question"),
     "paper-table": ("evaluation.paper_table", "put harnesses' scores beside the paper's"),
+    "reproduce": (
+        "experiment.reproduce",
+        "run the paper's experiment in small: fixed models, flexible ones, baselines",
+    ),
     "generate": ("generate", "answer a question about an image at one or several counts"),
     "quickstart": ("quickstart", "train, evaluate and try the embedded tiny model, start to end"),
 }

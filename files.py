@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import shutil
 import uuid
@@ -62,6 +63,13 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_module(path: str | Path, module: torch.nn.Module) -> None:
+    """Writes a module's `state_dict` whole or not at all, for `torch.load`."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    write_file(path, buffer.getvalue())
 
 
 def save_checkpoint(

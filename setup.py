@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"tokenflex": "."},
-    packages=["tokenflex", "tokenflex.training", "tokenflex.evaluation"],
+    packages=["tokenflex", "tokenflex.training", "tokenflex.evaluation", "tokenflex.experiment"],
     package_data={"tokenflex.training": ["recipes/*/*.yaml", "accelerate/*.yaml"]},
     cmdclass={"build_py": BuildPackage},
     install_requires=[

@@ -38,7 +38,7 @@ def measure_cost(
         processed inputs to the first answer token of the batch (tower, pooling, projector and prefill);
         `tokens_per_second`, the batch's answer tokens over the median time of whole answers; `peak_memory_mib`, what the
         device held at most while answering, weights included: of a GPU what torch had allocated, of a CPU the resident
-        memory of the process; `None` where the system does not say.
+        memory of the process; `None` where the system does not say (only CUDA and Linux do).
     """
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -48,6 +48,7 @@ def measure_cost(
             text=[prompt] * len(images),
             num_vision_tokens=None if isinstance(count, str) else count,
             add_special_tokens=False,
+            padding=True,
             return_tensors="pt",
         ).to(model.device)
         for count in counts
@@ -58,7 +59,7 @@ def measure_cost(
         _synchronise(model.device)
         start = time.perf_counter()
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
-        model.generate(**batches[count], num_vision_tokens=count if isinstance(count, str) else None, **options)
+        model.generate(**batches[count], num_vision_tokens=count, **options)
         _synchronise(model.device)
         return time.perf_counter() - start
 
@@ -70,9 +71,9 @@ def measure_cost(
                 first[count].append(1000 * seconds)
     for _ in range(max(1, repeats // 4)):
         for count in counts:
-            _reset_peak_memory(model.device)
+            is_reset = _reset_peak_memory(model.device)
             whole[count].append(answer(count, answer_tokens))
-            memory[count].append(_peak_memory(model.device))
+            memory[count].append(_peak_memory(model.device) if is_reset else None)
     return {
         "milliseconds_to_first_token": {count: statistics.median(values) for count, values in first.items()},
         "tokens_per_second": {
@@ -89,11 +90,16 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def _reset_peak_memory(device: torch.device) -> bool:
+    """Whether it could be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (switch := Path("/proc/self/clear_refs")).exists():
-        switch.write_text("5")  # https://docs.kernel.org/filesystems/proc.html: resets the resident set's peak
+        return True
+    try:  # https://docs.kernel.org/filesystems/proc.html: 5 resets the peak of the resident set
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return device.type == "cpu"
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -161,6 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--metric", default="exact_match", choices=list(METRICS), help="How answers are scored.")
     parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
+    parser.add_argument(
+        "--latency_batch_size",
+        type=int,
+        default=32,
+        help="Prompts per batch when costs are measured; 0 measures none.",
+    )
     parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go.")
     args = parser.parse_args(argv)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
@@ -179,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         args.counts,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
+        latency_batch_size=args.latency_batch_size,
         metric=args.metric,
         partial_file=partial_file,
         run=run,

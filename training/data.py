@@ -165,8 +165,9 @@ def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None, list
     dialogs, references = [], []
     for question, given in zip(questions, answers):
         question, given = _as_text("question", question), _inner(given)
-        given = given if isinstance(given, (list, tuple)) else [given]
-        given = [_as_text("answer", _inner(answer)) for answer in given]
+        given = [_inner(answer) for answer in given] if isinstance(given, (list, tuple)) else [given]
+        # Of ten people some say nothing.
+        given = [_as_text("answer", answer) for answer in [a for a in given if a not in (None, "")] or given]
         if not given:
             raise BadRowError(f"its question {reprlib.repr(question)} has no answers")
         references.append(given)
@@ -180,8 +181,13 @@ def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None, list
 
 
 def _inner(answer):
-    """What is in VQA's `{"answer": ...}`, of one answer or of a column of them."""
-    return answer.get("answer") if isinstance(answer, dict) else answer
+    """What is in VQA's `{"answer": ...}` or SQuAD's `{"text": ...}`, of one answer or of a column of them."""
+    if not isinstance(answer, dict):
+        return answer
+    names = [name for name in ("answer", "text") if name in answer]
+    if not names:
+        raise BadRowError(f"its answer has {', '.join(map(repr, answer))} but neither 'answer' nor 'text'")
+    return answer[names[0]]
 
 
 def _as_text(name: str, value) -> str:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 
 from tokenflex.evaluation import cost
 from tokenflex.evaluation.cost import measure_cost
@@ -53,7 +54,7 @@ def test_answers_have_the_length_that_is_counted(narrow, images, monkeypatch):
 
 def test_peak_memory_is_that_of_the_moment():
     device = torch.device("cpu")
-    cost._reset_peak_memory(device)
+    assert cost._reset_peak_memory(device)
     before = cost._peak_memory(device)
     block = torch.ones(2**26)  # 256 MiB
     at_most = cost._peak_memory(device)
@@ -63,7 +64,29 @@ def test_peak_memory_is_that_of_the_moment():
     assert cost._peak_memory(device) < at_most - 200 * 2**20
 
 
-def test_unknown_memory_is_not_invented(narrow, images, monkeypatch):
-    monkeypatch.setattr(cost, "_peak_memory", lambda device: None)
+def test_memory_that_was_not_reset_is_not_shown(narrow, images, monkeypatch):
+    monkeypatch.setattr(cost, "_reset_peak_memory", lambda device: False)
     costs = measure_cost(*narrow, images, "which color?", [4], repeats=1, answer_tokens=2)
     assert costs["peak_memory_mib"] == {4: None}
+
+
+def test_a_count_stored_for_generation_does_not_take_the_place_of_those_measured(images, monkeypatch):
+    model, processor = tiny_model_and_processor(width=32)
+    model.generation_config.num_vision_tokens = 16
+    ran = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: ran.append((kwargs["input_ids"] == model.config.image_token_id).sum().item()),
+        with_kwargs=True,
+    )
+    measure_cost(model.eval(), processor, images[:1], "which color?", [4, 36], repeats=1, answer_tokens=1)
+    assert ran == [4, 36] * 3
+
+
+@pytest.mark.parametrize("options", [{"match_aspect_ratio": True}, {"crop_to_patches": True, "max_patches": 2}])
+def test_images_of_unlike_shapes_are_measured_together(options):
+    model, processor = tiny_model_and_processor(width=32)
+    for name, value in options.items():
+        setattr(processor, name, value)
+    shapes = [Image.new("RGB", size) for size in ((64, 64), (128, 32), (40, 200))]
+    costs = measure_cost(model.eval(), processor, shapes, "which color?", [4, 16], repeats=1, answer_tokens=2)
+    assert all(value > 0 for values in costs.values() for value in values.values())

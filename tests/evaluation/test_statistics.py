@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokenflex.evaluation.statistics import bootstrap_interval, mean_over_families, paired_test
+from tokenflex.evaluation.statistics import (
+    bootstrap_interval,
+    mean_over_families,
+    mean_over_seeds,
+    paired_test,
+    t_quantile,
+)
 
 
 shares = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -124,6 +130,66 @@ def test_a_family_missing_from_a_draw_is_left_out_of_it():
 
 
 # Paired tests
+
+
+def drawn_runs(seed, runs=3, images=40, spread=0.0):
+    """Scores of several runs on the same questions, three about each image, of two families."""
+    rng = np.random.default_rng(seed)
+    chances = rng.uniform(0.3, 0.9, images * 3) + rng.normal(0, spread, (runs, 1))
+    scores = (rng.uniform(size=(runs, images * 3)) < chances).astype(float)
+    return scores, rng.choice(["a", "b"], images * 3), np.repeat(np.arange(images), 3)
+
+
+def test_mean_over_seeds_is_the_mean_of_the_runs_means():
+    scores, families, images = drawn_runs(0)
+    expected = np.mean([mean_over_families(run, families, resamples=1).mean for run in scores])
+    assert mean_over_seeds(scores, families, images).mean == pytest.approx(expected)
+
+
+def test_one_run_has_the_interval_of_its_images():
+    scores, families, images = drawn_runs(1, runs=1)
+    ours = mean_over_seeds(scores, families, images, resamples=20000)
+    theirs = mean_over_families(scores[0], families, resamples=20000, groups=images)
+    assert ours == pytest.approx(theirs, abs=0.01)
+
+
+def test_equal_runs_say_no_more_than_one():
+    scores, families, images = drawn_runs(2, runs=1)
+    one, three = (mean_over_seeds(np.repeat(scores, n, axis=0), families, images) for n in (1, 3))
+    assert three == pytest.approx(one)
+
+
+def test_runs_that_differ_widen_the_interval():
+    # Each run is right on all questions or on none, so that images tell nothing and runs everything.
+    scores = np.repeat([[0.0], [1.0], [1.0]], 12, axis=1)
+    ours = mean_over_seeds(scores, ["a", "b"] * 6, np.repeat(np.arange(4), 3))
+    low, high = stats.t.interval(0.95, 2, 2 / 3, stats.sem([0, 1, 1]))
+    assert ours == pytest.approx((2 / 3, low, high))
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.975, 0.9995])
+@pytest.mark.parametrize("degrees_of_freedom", [1, 2, 4, 30, 1000])
+def test_t_quantile_is_scipys(probability, degrees_of_freedom):
+    expected = stats.t.ppf(probability, degrees_of_freedom)
+    assert t_quantile(probability, degrees_of_freedom) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.1])
+def test_three_runs_cover_the_truth_as_often_as_they_say(spread):
+    held = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        chances = 0.6 + rng.normal(0, spread, (3, 1)) + rng.normal(0, 0.1, 60).repeat(2)
+        scores = (rng.uniform(size=(3, 120)) < chances).astype(float)
+        _, low, high = mean_over_seeds(scores, ["a"] * 120, np.repeat(np.arange(60), 2), resamples=100, seed=seed)
+        held += low <= 0.6 <= high
+    assert held / 300 >= 0.92  # independent answers of the runs count twice, so it errs on the safe side
+
+
+@pytest.mark.parametrize("scores, said", [([], "at least one run"), ([[1, 0], [1]], "all of the same")])
+def test_runs_on_other_questions_are_refused(scores, said):
+    with pytest.raises(ValueError, match=said):
+        mean_over_seeds(scores, ["a", "a"], [0, 1])
 
 
 def test_paired_test_by_hand():

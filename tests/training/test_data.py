@@ -194,7 +194,8 @@ def test_families_go_with_their_questions():
         ({"image": IMAGE, "questions": ["a", "b"], "answers": ["c"]}, "2 questions but 1 answers"),
         ({"image": IMAGE, "question": "a", "answers": []}, "question 'a' has no answers"),
         ({"image": IMAGE, "question": "a", "answers": ["b", " "]}, "answer is ' ', not a text"),
-        ({"image": IMAGE, "question": "a", "answers": [{"answer_id": 1}]}, "answer is None, not a text"),
+        ({"image": IMAGE, "question": "a", "answers": [None, ""]}, "answer is None, not a text"),
+        ({"image": IMAGE, "question": "a", "answers": [{"answer_id": 1}]}, "has 'answer_id' but neither"),
         ({"image": IMAGE, "questions": [], "answers": []}, "no questions"),
         ({"image": IMAGE, "questions": ["a", "b"], "answers": ["c", "d"], "families": ["x"]}, "1 families for 2"),
         ({"image": IMAGE, "question": "<image> or <image>?", "answer": ANSWER}, "places 2 images, but it has 1"),
@@ -312,6 +313,8 @@ def test_any_row_is_an_example_or_refused(row):
         ["2", "two", "two", "2", "3"],
         [{"answer": text, "answer_id": i} for i, text in enumerate(["2", "two", "two", "2", "3"])],
         {"answer": ["2", "two", "two", "2", "3"], "answer_id": [1, 2, 3, 4, 5]},
+        {"text": ["2", "two", "two", "2", "3"], "answer_start": [1, 2, 3, 4, 5]},
+        ["2", "two", "", "two", None, "2", "3"],
         [2, "two", "two", 2, 3],
     ],
 )

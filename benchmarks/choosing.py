@@ -1,0 +1,246 @@
+"""
+How well a count can be chosen for each question: the head of `tokenflex calibrate` beside cascades, agreement, every
+uniform count and an oracle.
+
+    python benchmarks/choosing.py --model_name_or_path outputs/demo/checkpoint
+
+Everything that is fitted, and every threshold, comes from the calibration set; accuracy and tokens are those of the test
+set. Tokens are all that a method reads: a cascade that moves up has read the smaller counts too, the head reads every
+question at the smallest count first. The last line printed is one JSON object.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tokenflex  # noqa: F401  (makes the Auto classes know the model)
+from tokenflex.choosing_tokenflex import smallest_sufficient
+from tokenflex.conversation_tokenflex import mask_padding_of_answers
+from tokenflex.evaluation.calibrate import Observations, fit_head, foresee
+from tokenflex.evaluation.metrics import exact_match
+from tokenflex.evaluation.statistics import paired_test
+from tokenflex.evaluation.sweep import encode_questions
+from tokenflex.training.datasets import load_rows
+
+
+GRID = np.linspace(0, 1, 501)
+
+
+@dataclass
+class Answers(Observations):
+    """
+    Args:
+        confidence (`torch.Tensor` of shape `(num_questions, num_choices)`): The smallest probability of an answer's tokens.
+        texts (`list[list[str]]`): Each question's answer at each count.
+    """
+
+    confidence: torch.Tensor
+    texts: list[list[str]]
+
+
+@torch.no_grad()
+def observe(model, processor, rows) -> Answers:
+    model.eval()
+    choices = sorted(model.config.vision_token_choices)
+    hidden_states, right, images, confidence, texts = [], [], [], [], []
+    ends = torch.as_tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
+    for targets, inputs in encode_questions(model, processor, rows):
+        hidden_states.append(model.read_questions(**inputs))
+        columns = []
+        for count in choices:
+            options = {
+                "max_new_tokens": 16,
+                "do_sample": False,
+                "output_logits": True,
+                "return_dict_in_generate": True,
+            }
+            output = model.generate(**inputs, num_vision_tokens=count, **options)
+            answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+            said = torch.stack(output.logits, dim=1).softmax(-1).gather(-1, answers[..., None])[..., 0]
+            kept = mask_padding_of_answers(answers, model.generation_config.pad_token_id, ends).bool()
+            columns.append(said.where(kept, 1.0).amin(1))
+            for target, text in zip(targets, processor.tokenizer.batch_decode(answers, skip_special_tokens=True)):
+                target.predictions[count] = text.strip()
+        confidence.append(torch.stack(columns, dim=1))
+        right += [[target.rate(exact_match, count) for count in choices] for target in targets]
+        images += [target.index for target in targets]
+        texts += [[target.predictions[count] for count in choices] for target in targets]
+    return Answers(
+        choices, torch.cat(hidden_states), torch.tensor(right), torch.tensor(images), torch.cat(confidence), texts
+    )
+
+
+@dataclass
+class Choice:
+    """The place among the choices that each question ends at, and the tokens read until there."""
+
+    places: np.ndarray
+    tokens: np.ndarray
+
+    def right(self, answers: Answers) -> np.ndarray:
+        return answers.right.numpy()[np.arange(len(self.places)), self.places]
+
+
+def cascade(answers: Answers, sure: np.ndarray) -> Choice:
+    """Stops at the first count at which it is sure; `sure` of shape `(num_questions, num_choices)`."""
+    sure = sure.copy()
+    sure[:, -1] = True
+    places = sure.argmax(1)
+    return Choice(places, np.cumsum(answers.choices)[places])
+
+
+def agreement(answers: Answers) -> Choice:
+    """Asks at the two smallest counts; where the answers differ, at the largest."""
+    same = np.array([texts[0] == texts[1] for texts in answers.texts])
+    first, second, *_ = answers.choices
+    return Choice(np.where(same, 1, len(answers.choices) - 1), first + second + np.where(same, 0, answers.choices[-1]))
+
+
+def by_head(answers: Answers, chances: torch.Tensor, tolerance: float) -> Choice:
+    chosen = smallest_sufficient(chances, answers.choices, tolerance)
+    places = np.searchsorted(answers.choices, chosen)
+    return Choice(places, np.array(chosen) + min(answers.choices))
+
+
+def operating_point(curve: Callable[[float], Choice], answers: Answers, accuracy_loss: float) -> float:
+    """The setting with the fewest tokens that keeps the largest count's accuracy on these answers."""
+    needed = float(answers.right[:, -1].mean()) - accuracy_loss
+    tried = [(float(value), curve(float(value))) for value in GRID]
+    kept = [(choice.tokens.mean(), value) for value, choice in tried if choice.right(answers).mean() >= needed]
+    if not kept:
+        raise SystemExit(
+            f"No setting keeps the largest count's accuracy to {accuracy_loss}: allow more with --accuracy_loss."
+        )
+    return min(kept)[1]
+
+
+def logit(confidence: torch.Tensor) -> torch.Tensor:
+    return confidence.clamp(1e-6, 1 - 1e-6).logit()
+
+
+def calibrated_confidence(fitted_on: Answers, answers: Answers) -> np.ndarray:
+    """The chance that an answer is right, by logistic regression on its confidence, for each count by itself."""
+    columns = []
+    for place in range(len(answers.choices)):
+        weight, bias = fit_head(logit(fitted_on.confidence[:, [place]]), fitted_on.right[:, [place]], 0.0)
+        columns.append((logit(answers.confidence[:, [place]]) @ weight.T + bias).sigmoid())
+    return torch.cat(columns, dim=1).numpy()
+
+
+def methods(calibration: Answers, test: Answers) -> dict[str, tuple[Callable, Callable]]:
+    """For each method, a setting's choices on the calibration set and on the test set."""
+    held_out, penalty = foresee(calibration)
+    weight, bias = fit_head(calibration.hidden_states, calibration.right, penalty)
+    chances = (test.hidden_states @ weight.T + bias).sigmoid()
+    ours, theirs = (calibrated_confidence(calibration, answers) for answers in (calibration, test))
+    return {
+        "cascade, smallest token probability": (
+            lambda t: cascade(calibration, calibration.confidence.numpy() >= t),
+            lambda t: cascade(test, test.confidence.numpy() >= t),
+        ),
+        "cascade, calibrated probability": (
+            lambda t: cascade(calibration, ours >= t),
+            lambda t: cascade(test, theirs >= t),
+        ),
+        "head on the question (`auto`)": (
+            lambda t: by_head(calibration, held_out, t),
+            lambda t: by_head(test, chances, t),
+        ),
+    }
+
+
+def compare(calibration: Answers, test: Answers, accuracy_loss: float) -> dict:
+    largest = test.right[:, -1].numpy()
+
+    def row(choice: Choice) -> dict:
+        difference = paired_test(choice.right(test), largest, groups=test.images.numpy())
+        return {
+            "accuracy": float(choice.right(test).mean()),
+            "tokens": float(choice.tokens.mean()),
+            "against_largest": [difference.difference, difference.low, difference.high],
+        }
+
+    rows, curves, numbers = {}, {}, np.arange(len(test.right))
+    for place, count in enumerate(test.choices):
+        rows[f"always {count}"] = row(Choice(np.full(len(numbers), place), np.full(len(numbers), count)))
+    rows["agreement of the two smallest"] = row(agreement(test))
+    for name, (on_calibration, on_test) in methods(calibration, test).items():
+        setting = operating_point(on_calibration, calibration, accuracy_loss)
+        rows[name] = {**row(on_test(setting)), "setting": setting}
+        points = {(float(c.tokens.mean()), float(c.right(test).mean())) for c in map(on_test, map(float, GRID))}
+        curves[name] = sorted(points)
+    known = np.where(test.right.numpy().any(1), test.right.numpy().argmax(1), 0)
+    rows["oracle"] = row(Choice(known, np.array(test.choices)[known]))
+    return {"rows": rows, "curves": curves}
+
+
+def table(rows: dict) -> str:
+    lines = [
+        "| chosen by | questions right, % | vision tokens read | against the largest count |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        difference, low, high = (100 * value for value in row["against_largest"])
+        against = (
+            ""
+            if name == f"always {max(int(n.split()[1]) for n in rows if n.startswith('always'))}"
+            else (f"{difference:+.1f} ({low:+.1f} to {high:+.1f})")
+        )
+        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {row['tokens']:.1f} | {against} |")
+    return "\n".join(lines)
+
+
+def plot(report: dict, path: Path) -> None:
+    figure = Figure(figsize=(8.5, 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, points in report["curves"].items():
+        line = axes.plot(*zip(*((t, 100 * a) for t, a in points)), linewidth=1.4, label=name)
+        row = report["rows"][name]
+        axes.plot(row["tokens"], 100 * row["accuracy"], marker="*", markersize=14, color=line[0].get_color())
+    uniform = [
+        (row["tokens"], 100 * row["accuracy"]) for name, row in report["rows"].items() if name.startswith("always")
+    ]
+    axes.plot(*zip(*uniform), color="black", marker="s", linestyle="--", label="the same count for all")
+    for name, marker in (("agreement of the two smallest", "D"), ("oracle", "P")):
+        row = report["rows"][name]
+        axes.plot(row["tokens"], 100 * row["accuracy"], marker=marker, markersize=9, linestyle="", label=name)
+    axes.set(xlabel="vision tokens read per question, mean", ylabel="questions right, %")
+    axes.set_title("Choosing the count (stars: settings found on the calibration set)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--calibration", default="synthetic:1500@77", help="Default: %(default)s.")
+    parser.add_argument("--test", default="synthetic:1000@4242", help="Default: %(default)s.")
+    parser.add_argument("--accuracy_loss", type=float, default=0.002, help="Default: %(default)s.")
+    parser.add_argument("--output_dir", default="outputs/choosing", help="Default: %(default)s.")
+    args = parser.parse_args(argv)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    calibration, test = (observe(model, processor, load_rows([rows])) for rows in (args.calibration, args.test))
+    report = compare(calibration, test, args.accuracy_loss)
+    folder = Path(args.output_dir)
+    plot(report, folder / "choosing.png")
+    (folder / "choosing.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report["rows"]))
+    print(
+        json.dumps(
+            {name: [round(row["accuracy"], 4), round(row["tokens"], 2)] for name, row in report["rows"].items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
