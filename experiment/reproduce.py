@@ -57,9 +57,6 @@ def curves(size: Size) -> dict[str, list[tuple[str, int | None, int]]]:
         f"Over steps, {size.num_images:,} images gone over again": [
             (f"{steps} steps", size.num_images, steps) for steps in (size.steps // 2, size.steps)
         ],
-        "Over steps, every image seen once": [
-            (f"{steps} steps", None, steps) for steps in (size.steps // 2, size.steps)
-        ],
     }
 
 
@@ -159,7 +156,7 @@ def _run_all(output_dir: Path, runs: Sequence[Run], flops: Mapping[str, float], 
         waiting.setdefault(_base_name(run.arm, run.seed), []).append((run.name, job))
     for arm, seed in dict.fromkeys((run.arm, run.seed) for run in runs if run.arm.projector != PAPER.projector):
         job = (_train_base, arm, seed, size, output_dir)
-        waiting[_base_name(PAPER, seed)].append((_base_name(arm, seed), job))
+        waiting[_base_name(PAPER, seed)].insert(0, (_base_name(arm, seed), job))  # others wait for it
     ready = [
         (_base_name(PAPER, seed), (_train_base, PAPER, seed, size, output_dir))
         for seed in dict.fromkeys(run.seed for run in runs)
