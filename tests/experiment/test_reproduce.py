@@ -1,12 +1,14 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import signal
 import subprocess
 import sys
 
 import psutil
 import pytest
+import transformers
 from PIL import Image
 
 from tokenflex.cli import main
@@ -18,6 +20,16 @@ from tokenflex.experiment.runs import Size
 
 SIZE = Size(width=32, tower_steps=2, base_steps=2, steps=4, num_images=4, batch_size=2, questions=2, test_images=4)
 SMALL_PLAN = [*FIXED, PAPER, DISTILL_EQUAL, BASELINES[1]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verbosity():
+    """The command is quiet; what is tested after it is not."""
+    before, ours = transformers.logging.get_verbosity(), logging.getLogger("tokenflex").level
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+    logging.getLogger("tokenflex").setLevel(ours)
 
 
 def small_plan(size, seeds):
