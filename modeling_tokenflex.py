@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -19,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
 from .generation_tokenflex import TokenFlexGenerationMixin
-from .packing_tokenflex import packed_mask_function, packed_position_ids
+from .packing_tokenflex import create_packed_masks, packed_position_ids
 from .placeholders_tokenflex import infer_vision_token_grids
 
 
@@ -490,9 +489,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                     "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
                 )
             text_config = self.language_model.config
-            windowed = {"sliding_attention", "chunked_attention"} & set(
-                getattr(text_config, "layer_types", None) or ()
-            )
+            layer_types = set(getattr(text_config, "layer_types", None) or ())
+            windowed = layer_types & {"sliding_attention", "chunked_attention"}
+            if unmasked := sorted(layer_types - windowed - {"full_attention"}):
+                raise ValueError(
+                    f"The language model's layers of type {', '.join(unmasked)} carry a state from one segment of a row "
+                    "into the next: give each question a row of its own, and do not pack."
+                )
             windows = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
             window = min((size for size in windows if size), default=inputs_embeds.shape[1])
             if segment_ids is not None and windowed and inputs_embeds.shape[1] > window:
@@ -503,14 +506,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             if attention_mask is None:
                 attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
             position_ids = packed_position_ids(segment_ids, sample_ids)
-            attention_mask = create_masks_for_generate(
-                config=self.language_model.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=None,
-                position_ids=position_ids,
-                and_mask_function=packed_mask_function(segment_ids, sample_ids),
-            )
+            attention_mask = create_packed_masks(text_config, inputs_embeds, attention_mask, segment_ids, sample_ids)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
 
 
 def packed_position_ids(
@@ -70,4 +72,41 @@ def packed_mask_function(
     return lambda *position: same_sample(*position) & prefix_or_own(*position)
 
 
-__all__ = ["packed_mask_function", "packed_position_ids"]
+def create_packed_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.FloatTensor,
+    attention_mask: torch.Tensor,
+    segment_ids: torch.LongTensor | None = None,
+    sample_ids: torch.LongTensor | None = None,
+):
+    """
+    The masks of a language model's layers, in which positions see what [`packed_mask_function`] says.
+
+    Args:
+        config (`PreTrainedConfig`): The language model's.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape and dtype.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 for padding.
+        segment_ids, sample_ids: As in [`packed_position_ids`].
+
+    Returns:
+        What [`~transformers.masking_utils.create_masks_for_generate`] does: a mask, or one for each type of layer.
+    """
+    may_see = packed_mask_function(segment_ids, sample_ids)
+    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    if config._attn_implementation == "flex_attention":
+        return create_masks_for_generate(past_key_values=None, and_mask_function=may_see, **arguments)
+    # Dense masks are intersected here: handed over as above, the function would be mapped over every position.
+    index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    rows = torch.arange(inputs_embeds.shape[0], device=inputs_embeds.device)
+    seen = may_see(rows[:, None, None, None], None, index[:, None], index)
+
+    def intersect(mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is None:  # plain causal
+            return seen & (index <= index[:, None])
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+    masks = create_masks_for_generate(past_key_values=None, **arguments)
+    return {name: intersect(mask) for name, mask in masks.items()} if isinstance(masks, dict) else intersect(masks)
+
+
+__all__ = ["create_packed_masks", "packed_mask_function", "packed_position_ids"]

@@ -14,8 +14,8 @@ from .runs import Size
 
 def step_flops(arm: Arm, size: Size) -> float:
     """
-    The expected FLOPs of one step's forward and backward pass, by the counts' weights; the optimizer's own are left
-    out, which do not depend on the counts.
+    The expected FLOPs of one step's forward and backward pass, by the counts' weights. The optimizer's are left out: they
+    are the same for every step, so that arms with fewer steps are a little cheaper than this says.
 
     Args:
         arm (`Arm`): How it is trained.
@@ -26,7 +26,6 @@ def step_flops(arm: Arm, size: Size) -> float:
     ```python
     >>> from tokenflex.experiment.arms import FIXED, NESTED
     >>> from tokenflex.experiment.flops import step_flops
-
     >>> from tokenflex.experiment.runs import Size
 
     >>> size = Size(width=32, tower_steps=1, base_steps=1, steps=1, num_images=2, batch_size=2)

@@ -57,6 +57,9 @@ def curves(size: Size) -> dict[str, list[tuple[str, int | None, int]]]:
         f"Over steps, {size.num_images:,} images gone over again": [
             (f"{steps} steps", size.num_images, steps) for steps in (size.steps // 2, size.steps)
         ],
+        "Over steps, every image seen once": [
+            (f"{steps} steps", None, steps) for steps in (size.steps // 2, size.steps)
+        ],
     }
 
 
@@ -87,8 +90,8 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
         `dict`: What `report.json` holds: [`analyse`]'s figures, and what they cost.
 
     Raises:
-        ValueError: If `seeds` is empty, names one twice or one outside 0 to 999, `workers` is below 1, or `output_dir` holds an experiment of
-            another size.
+        ValueError: If `seeds` is empty, names one twice or one outside 0 to 999, `workers` is below 1, or `output_dir`
+            holds an experiment of another size.
     """
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 1000 for seed in seeds):
         raise ValueError(f"`seeds`={list(seeds)}: at least one, from 0 to 999, none twice; spread needs three.")
@@ -172,15 +175,14 @@ def _run_all(output_dir: Path, runs: Sequence[Run], flops: Mapping[str, float], 
         running = {}
         try:
             while ready or running:
-                for name, job in ready:
-                    is_done = _file(output_dir, name).is_file()
-                    running[pool.submit(int) if is_done else pool.submit(*job)] = name
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                ready = []
-                for future in done:
-                    future.result()
-                    progress.update()
-                    ready += waiting.pop(running.pop(future), [])
+                finished = [name for name, _ in ready if _file(output_dir, name).is_file()]
+                running |= {pool.submit(*job): name for name, job in ready if name not in finished}
+                if not finished:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        finished.append(running.pop(future))
+                progress.update(len(finished))
+                ready = [job for name in finished for job in waiting.pop(name, [])]
         except BaseException:
             stop.set()  # whatever is running is not waited for
             pool.shutdown(wait=False, cancel_futures=True)

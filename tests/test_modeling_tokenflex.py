@@ -167,6 +167,9 @@ def test_segments_need_no_mask_and_fit_the_attention_window():
     text_config.sliding_window -= 1
     with pytest.raises(ValueError, match="longer than the attention window"):
         model(**inputs)
+    text_config.layer_types[0] = "linear_attention"
+    with pytest.raises(ValueError, match="type linear_attention carry a state"):
+        model(**inputs)
 
 
 def test_images_may_appear_in_another_order_and_more_than_once(tiny):

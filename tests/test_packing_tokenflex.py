@@ -1,8 +1,10 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen2Config
+from transformers.masking_utils import create_masks_for_generate
 
-from tokenflex.packing_tokenflex import packed_mask_function, packed_position_ids
+from tokenflex.packing_tokenflex import create_packed_masks, packed_mask_function, packed_position_ids
 
 
 @st.composite
@@ -43,6 +45,25 @@ def test_positions_and_sight_are_those_of_each_continuation_alone(row):
         if samples[query] >= 0:
             assert got[query] == positions[query]
             assert [key for key in range(query + 1) if mask(0, 0, query, key)] == seen[query]
+
+
+@given(packed_row(), st.sampled_from(["sdpa", "eager"]), st.integers(1, 8))
+def test_masks_are_those_of_the_function_mapped_over_every_position(row, implementation, window):
+    segments, samples = (torch.tensor([ids]) for ids in row)
+    config = Qwen2Config(
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],
+        use_sliding_window=True,
+        sliding_window=window,
+        attn_implementation=implementation,
+    )
+    inputs = {"inputs_embeds": torch.zeros(*segments.shape, 1), "attention_mask": segments >= 0}
+    mapped = create_masks_for_generate(
+        config, past_key_values=None, and_mask_function=packed_mask_function(segments, samples), **inputs
+    )
+    masks = create_packed_masks(config, **inputs, segment_ids=segments, sample_ids=samples)
+    for name in ("full_attention", "sliding_attention"):
+        torch.testing.assert_close(masks[name], mapped[name], rtol=0, atol=0)
 
 
 def test_positions_of_segments_count_on_from_the_prefix():
