@@ -17,6 +17,9 @@ VERBS = {
         "experiment.reproduce",
         "run the paper's experiment in small: fixed models, flexible ones, baselines",
     ),
+    "push": ("hub.push", "publish a checkpoint on the Hub with a model card made from its evaluation"),
+    "serve": ("serve", "answer OpenAI-style requests over HTTP, with a count for each"),
+    "demo": ("demo", "open a page to try a checkpoint at several counts side by side"),
     "generate": ("generate", "answer a question about an image at one or several counts"),
     "quickstart": ("quickstart", "train, evaluate and try the embedded tiny model, start to end"),
 }

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import shutil
 import uuid
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+
+PROVENANCE_NAME = "provenance.json"
 
 
 @contextlib.contextmanager
@@ -54,7 +58,13 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
+    """
+    Writes a file whole or not at all.
+
+    Args:
+        path (`str` or `Path`): The file.
+        content (`str` or `bytes`): What it is to hold; text as UTF-8.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -66,14 +76,25 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def write_module(path: str | Path, module: torch.nn.Module) -> None:
-    """Writes a module's `state_dict` whole or not at all, for `torch.load`."""
+    """
+    Writes a module's `state_dict` whole or not at all, for `torch.load`.
+
+    Args:
+        path (`str` or `Path`): The file.
+        module (`torch.nn.Module`): The module.
+    """
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     write_file(path, buffer.getvalue())
 
 
 def save_checkpoint(
-    path: str | Path, model, processor, max_shard_size: int | str = "50GB", state_dict: dict | None = None
+    path: str | Path,
+    model,
+    processor,
+    max_shard_size: int | str = "50GB",
+    state_dict: dict | None = None,
+    provenance: dict | None = None,
 ) -> None:
     """
     Saves a model and its processor as one folder that the Auto classes load; an older checkpoint there is replaced.
@@ -85,6 +106,7 @@ def save_checkpoint(
         processor ([`~transformers.ProcessorMixin`]): Its processor.
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): The largest file of weights.
         state_dict (`dict`, *optional*): The weights, where the model holds only a share of them.
+        provenance (`dict`, *optional*): How it was made, for its model card, as [`add_stage`] returns it.
 
     Raises:
         ValueError: If there is a file at `path`, or a folder with something else than a checkpoint.
@@ -102,3 +124,5 @@ def save_checkpoint(
             model.config.dtype = functools.reduce(torch.promote_types, dtypes)
             model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if provenance is not None:
+            (folder / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2, default=str) + "\n")

@@ -24,6 +24,7 @@ from .evaluation import evaluate, save_report
 from .evaluation.report import markdown_table
 from .files import save_checkpoint, write_file
 from .generate import answer
+from .provenance import add_stage
 from .training.arguments import TokenFlexTrainingArguments
 from .training.optimization import MuonAdamW
 from .training.patch_labels import PatchLabelCollator, PatchLabelDataset, PatchLabelModel
@@ -125,10 +126,10 @@ def quickstart(
     report["minutes"] = round(minutes + (time.time() - start) / 60, 2)
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest data loader worker is the child
     report["peak_memory_gib"] = round(sum(resource.getrusage(who).ru_maxrss for who in processes) / 2**20, 2)
-    report["settings"] = settings
+    report |= {"settings": settings, "dataset": ["synthetic"], "dataset_split": f"generator seed {TEST_SEED}"}
     save_report(output_dir, report, predictions, "TokenFLEX, tiny model, synthetic questions")
     checkpoint = output_dir / "checkpoint"
-    save_checkpoint(checkpoint, model, processor)
+    save_checkpoint(checkpoint, model, processor, provenance=_provenance(settings))
     _say("\n" + markdown_table(report))
     _try_out(checkpoint, output_dir)
     _say(
@@ -136,6 +137,27 @@ def quickstart(
     )
     _say("  results.md, results.json, results.png, predictions.jsonl, question.png, checkpoint/")
     return checkpoint
+
+
+def _provenance(settings: dict) -> dict:
+    made = add_stage({"base_models": [], "stages": []}, "new weights", seed=settings["seed"])
+    for stage in STAGES:
+        made = add_stage(
+            made,
+            stage.summary,
+            data=["synthetic"],
+            vision_token_choices=stage.vision_token_choices,
+            frozen=stage.freeze or None,
+            steps=_num_steps(stage, settings),
+            batch_size=stage.batch_size,
+            learning_rate=stage.learning_rate,
+            seed=settings["seed"],
+        )
+    return made
+
+
+def _num_steps(stage: Stage, settings: dict) -> int:
+    return max(1, round(stage.steps * settings["steps_scale"]))
 
 
 def _say(line: str) -> None:
@@ -194,7 +216,7 @@ def _code_digest() -> str:
 
 
 def _arguments(stage: Stage, output_dir: Path, settings: dict) -> TokenFlexTrainingArguments:
-    steps = max(1, round(stage.steps * settings["steps_scale"]))
+    steps = _num_steps(stage, settings)
     return TokenFlexTrainingArguments(
         output_dir=str(output_dir / "stages" / f"{stage.name}-trainer"),
         max_steps=steps,

@@ -21,6 +21,7 @@ from .pretrained import (
     read_vision_config,
 )
 from .processing_tokenflex import TokenFlexProcessor
+from .provenance import add_stage, public_names
 
 
 logger = logging.get_logger(__name__)
@@ -161,6 +162,9 @@ def default_vision_tokens(patch_grid: tuple[int, int]) -> tuple[list[int], list[
     patches or more. On a smaller grid with at most `n * n` tokens, the squares nearest to a quarter and to 9/16 of
     these, and all of them, as the paper's counts are of 256; equal ones are one choice with the sum of their weights.
 
+    Args:
+        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
+
     Example:
 
     ```python
@@ -181,7 +185,12 @@ def default_vision_tokens(patch_grid: tuple[int, int]) -> tuple[list[int], list[
 
 
 def largest_shard(checkpoint: str | Path) -> int | None:
-    """The size in bytes of the largest file of a sharded checkpoint's weights; `None` where they are one file."""
+    """
+    The size in bytes of the largest file of a sharded checkpoint's weights; `None` where they are one file.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder or Hub id.
+    """
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         index = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
         if index is not None:
@@ -286,7 +295,9 @@ def main(argv: list[str] | None = None) -> None:
     output_dir, max_shard_size = options.pop("output_dir"), options.pop("max_shard_size")
     model, processor = build_from_towers(**options)
     max_shard_size = max_shard_size or largest_shard(options["language_model"]) or "50GB"
-    save_checkpoint(output_dir, model, processor, max_shard_size)
+    provenance = {"base_models": public_names([options["vision_tower"], options["language_model"]]), "stages": []}
+    provenance = add_stage(provenance, "new projector", seed=options["seed"])
+    save_checkpoint(output_dir, model, processor, max_shard_size, provenance=provenance)
     config, (rows, columns) = model.config, model.config.patch_grid
     print(  # noqa: T201
         f"Saved {output_dir}: {config.vision_config.model_type} ({rows} x {columns} patches) and "

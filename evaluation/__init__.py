@@ -1,7 +1,8 @@
 """Evaluation with the vision-token count as an axis."""
 
-from .evaluate import evaluate, save_report
+from .evaluate import evaluate
 from .metrics import exact_match
+from .report import save_report
 from .sweep import predict, score
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from ..choosing_tokenflex import smallest_sufficient
 from ..files import save_checkpoint, write_file
+from ..provenance import add_stage, public_names, read_provenance
 from ..training.datasets import SourceArguments, load_rows
 from .metrics import exact_match
 from .sweep import answer_questions, encode_questions
@@ -92,6 +93,9 @@ def foresee(observations: Observations) -> tuple[torch.Tensor, float]:
     """
     Each question's chances by heads that were fitted without its image, at the penalty that foresees best.
 
+    Args:
+        observations ([`Observations`]): What [`observe`] returned.
+
     Returns:
         `tuple[torch.Tensor, float]`: Chances of shape `(num_questions, num_choices)`, and the penalty.
     """
@@ -126,7 +130,14 @@ class OperatingPoint:
 
 
 def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequence[float] = TOLERANCES):
-    """What each tolerance leads to, `list[OperatingPoint]`."""
+    """
+    What each tolerance leads to, `list[OperatingPoint]`.
+
+    Args:
+        chances (`torch.Tensor` of shape `(num_questions, num_choices)`): What [`foresee`] returned.
+        observations ([`Observations`]): What [`observe`] returned.
+        tolerances (`Sequence[float]`, *optional*): Defaults to 201 values from 0 to 1.
+    """
     points = []
     for tolerance in tolerances:
         chosen = smallest_sufficient(chances, observations.choices, float(tolerance))
@@ -236,7 +247,9 @@ def calibrate_checkpoint(args: argparse.Namespace) -> dict:
     observations = observe(model, processor, rows, args.batch_size, args.max_new_tokens)
     report = calibrate(model, observations, args.accuracy_loss, args.mean_tokens)
     if args.output_dir is not None:
-        save_checkpoint(args.output_dir, model, processor)
+        known = read_provenance(args.model_name_or_path)
+        provenance = add_stage(known, "calibration", data=public_names(args.dataset))
+        save_checkpoint(args.output_dir, model, processor, provenance=provenance)
     else:
         config = json.loads((path / "config.json").read_text())
         config["vision_token_chooser"] = model.config.vision_token_chooser

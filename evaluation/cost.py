@@ -1,5 +1,6 @@
 """What an answer costs at every vision-token count: time to first token, tokens per second, peak memory."""
 
+import platform
 import re
 import statistics
 import time
@@ -7,6 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
+
+
+def describe_machine(model, processor) -> dict[str, str | int]:
+    """
+    What scores and costs were measured with: `device`, `threads`, `torch`, `transformers` and `image_processor`.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+    """
+    return {
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "image_processor": type(processor.image_processor).__name__,
+    }
 
 
 @torch.no_grad()

@@ -2,25 +2,22 @@
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from ..files import write_file
+from ..provenance import public_names
 from ..training.data import to_example
 from ..training.datasets import SourceArguments, load_rows
-from .cost import measure_cost
+from .cost import describe_machine, measure_cost
 from .metrics import METRICS, get_metric
 from .progress import predict_on_and_on
-from .report import markdown_table, plot_png
+from .report import markdown_table, save_report
 from .statistics import mean_over_families, paired_test
 from .sweep import Prediction, score
 
@@ -87,13 +84,7 @@ def evaluate(
         if images:
             report |= measure_cost(model, processor, images, predictions[0].question, counts)
         report["latency_batch_size"] = len(images)
-    report["machine"] = {
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "processes": state.num_processes,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    report["machine"] = {**describe_machine(model, processor), "processes": state.num_processes}
     return report, predictions
 
 
@@ -134,16 +125,6 @@ def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metr
             if largest is not None and count != largest
         },
     }
-
-
-def save_report(folder: str | Path, report: dict, predictions: list, title: str) -> None:
-    """Writes `results.json`, `results.md`, `results.png` and `predictions.jsonl`."""
-    folder = Path(folder)
-    write_file(folder / "results.json", json.dumps(report, indent=2) + "\n")
-    write_file(folder / "results.md", markdown_table(report))
-    write_file(folder / "results.png", plot_png(report, title))
-    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
-    write_file(folder / "predictions.jsonl", "\n".join(lines) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         partial_file=partial_file,
         run=run,
     )
+    report |= {"dataset": public_names(args.dataset), "dataset_split": args.dataset_split}
     if state.is_main_process:
         save_report(args.output_dir, report, predictions, " + ".join(Path(name).stem for name in args.dataset))
     state.wait_for_everyone()

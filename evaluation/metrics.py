@@ -34,7 +34,12 @@ def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
 
 
 def normalise(answer: str) -> str:
-    """An answer without what [`exact_match`] ignores."""
+    """
+    An answer without what [`exact_match`] ignores.
+
+    Args:
+        answer (`str`): The answer.
+    """
     return answer.strip().removesuffix(".").strip().casefold()
 
 
@@ -154,6 +159,10 @@ def _similarity(first: str, second: str) -> float:
 def edit_distance(first: str, second: str) -> int:
     """
     Letters to insert, delete or replace to turn one text into the other (Levenshtein).
+
+    Args:
+        first (`str`): A text.
+        second (`str`): Another.
 
     Example:
 
@@ -322,6 +331,9 @@ METRICS: dict[str, Callable[..., float]] = {
 def get_metric(metric: str) -> Callable[..., float]:
     """
     A metric of `METRICS` by its name.
+
+    Args:
+        metric (`str`): Its name.
 
     Example:
 

@@ -1,13 +1,18 @@
 """The table and the plot of a sweep over vision-token counts."""
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import matplotlib
 
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
+
+from ..files import write_file  # noqa: E402
 
 
 COSTS = {
@@ -88,7 +93,7 @@ def plot_png(report: Mapping, title: str) -> bytes:
         if "auto" in report["accuracy"]:
             tokens, mean = report["vision_tokens"]["auto"], 100 * report["mean"]["auto"]
             axes[0].plot(tokens, mean, marker="*", markersize=15, linestyle="", color="crimson", label="mean, auto")
-    axes[0].set_ylabel("exact match, %")
+    axes[0].set_ylabel(f"{report.get('metric', 'exact_match').replace('_', ' ')}, %")
     axes[0].set_ylim(top=101.5)
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     if times:
@@ -104,3 +109,22 @@ def plot_png(report: Mapping, title: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def save_report(folder: str | Path, report: dict, predictions: Sequence, title: str) -> None:
+    """
+    Writes `results.json`, `results.md`, `results.png` and, if there are any, `predictions.jsonl`.
+
+    Args:
+        folder (`str` or `Path`): Where the files go.
+        report (`dict`): As for [`markdown_table`].
+        predictions (`Sequence[Prediction]`): Every answer.
+        title (`str`): The plot's title.
+    """
+    folder = Path(folder)
+    write_file(folder / "results.json", json.dumps(report, indent=2) + "\n")
+    write_file(folder / "results.md", markdown_table(report))
+    write_file(folder / "results.png", plot_png(report, title))
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
+    if lines:
+        write_file(folder / "predictions.jsonl", "\n".join(lines) + "\n")

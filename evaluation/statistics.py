@@ -231,6 +231,10 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     Of Student's t distribution, by numerical integration: below which a value lies with a probability of one half or
     more.
 
+    Args:
+        probability (`float`): From 0.5 to less than 1.
+        degrees_of_freedom (`int`): At least 1; one less than the number of runs.
+
     Example:
 
     ```python

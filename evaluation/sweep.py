@@ -34,7 +34,13 @@ class Prediction:
     references: list[str] | None = None
 
     def rate(self, rate: Callable[..., float], count: int | str) -> float:
-        """What a metric gives the answer at a count."""
+        """
+        What a metric gives the answer at a count.
+
+        Args:
+            rate (`Callable`): A metric, as [`get_metric`] returns it.
+            count (`int` or `str`): A count.
+        """
         return rate(self.predictions[count], self.references or self.answer)
 
 
@@ -151,7 +157,17 @@ def predict(
 def answer_questions(
     model, processor, targets: Sequence[Prediction], inputs: dict, counts: Sequence[int], max_new_tokens: int = 16
 ) -> None:
-    """Fills in a batch's answers at every count; `inputs` and `targets` come from [`encode_questions`]."""
+    """
+    Fills in a batch's answers at every count; `inputs` and `targets` come from [`encode_questions`].
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        targets (`Sequence[Prediction]`): What to answer, which is changed in place.
+        inputs (`dict`): The questions as the model takes them.
+        counts (`Sequence[int | str]`): The vision-token counts.
+        max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
+    """
     for count in counts:
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
         output = model.generate(**inputs, num_vision_tokens=count, **options)

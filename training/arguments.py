@@ -19,6 +19,8 @@ PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 @dataclass
 class ModelArguments:
+    """Which checkpoint to train, and what of it."""
+
     model_name_or_path: str = field(metadata={"help": "Checkpoint folder or Hub id of a TokenFLEX model."})
     freeze: list[str] = field(
         default_factory=list,
@@ -63,6 +65,8 @@ class ModelArguments:
 
 @dataclass
 class EvaluationArguments:
+    """What to evaluate on while training."""
+
     eval_dataset: str | None = field(
         default=None, metadata={"help": "What to evaluate on while training, named as for `--dataset`."}
     )
@@ -71,6 +75,8 @@ class EvaluationArguments:
 
 @dataclass
 class TokenFlexTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`], and what is told to [`TokenFlexTrainer`] beside them."""
+
     scheme: str = field(
         default="batch",
         metadata={
@@ -168,7 +174,12 @@ def read_recipe(path: str | Path, fields: Sequence[argparse.Action]) -> list[str
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe's file: the path itself, or, where there is none, that of a recipe that the package ships."""
+    """
+    A recipe's file: the path itself, or, where there is none, that of a recipe that the package ships.
+
+    Args:
+        name (`str` or `Path`): A path, or a shipped recipe such as `full/stage1.yaml`.
+    """
     shipped = RECIPES / name
     return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
 

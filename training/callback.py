@@ -18,6 +18,9 @@ class VisionTokenCallback(TrainerCallback):
     Tells a [`TokenFlexDataCollator`] where training stands, and arranges each batch for its step by a forward pre-hook;
     made by the collator.
 
+    Args:
+        collator ([`TokenFlexDataCollator`]): The collator that made it.
+
     Attributes:
         num_vision_tokens (`float`): The mean of the counts that the last step trained at.
         histogram (`collections.Counter`): How often each count was drawn since training began, resumed parts included.
@@ -43,7 +46,10 @@ class VisionTokenCallback(TrainerCallback):
         return int(mean) if mean.is_integer() else mean
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Evaluation may come before training: what the collator has to know is known once the Trainer is made."""
+        """
+        Evaluation may come before training: what the collator has to know is known once the Trainer is made, and with
+        it the `model`.
+        """
         if args.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor`={args.label_smoothing_factor}: the Trainer smooths against unshifted labels "

@@ -173,6 +173,9 @@ class TokenFlexDataCollator:
         """
         The tokens of a row with its images at the largest count, and how many of them truncation cannot spare: up to
         its last image and the first token of an answer.
+
+        Args:
+            row (`dict` or `Example`): A row as [`to_example`] takes or returns it.
         """
         example = to_example(row)
         ids, labels, _ = self._encode([example])[0]
@@ -238,7 +241,13 @@ class TokenFlexDataCollator:
         return batch, rows if nested else None
 
     def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int | list[int]) -> dict[str, torch.Tensor]:
-        """The batch with every image at `num_vision_tokens`, or a list with one count per tile."""
+        """
+        The batch with every image at `num_vision_tokens`, or a list with one count per tile.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): A batch with images, at any count.
+            num_vision_tokens (`int` or `list[int]`): The count for all images, or one per tile.
+        """
         processor = self.processor
         sizes = batch.get("image_sizes")
         sizes = None if sizes is None else sizes.tolist()

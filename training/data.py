@@ -100,6 +100,10 @@ def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
     """
     Opens, fully decodes and turns upright an image given as PIL image, bytes, path or the `{"bytes", "path"}` of `datasets`.
 
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str`, `Path` or `dict`): The image, its encoded bytes or its file.
+        image_folder (`str` or `Path`, *optional*): Where relative paths start. Defaults to the working directory.
+
     Raises:
         BadRowError: If it is missing, on the network, or not a readable image.
     """

@@ -3,6 +3,7 @@
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from ..files import save_checkpoint
+from ..provenance import add_stage, public_names
 from .datasets import SourceArguments, load_rows
 from .tiny import tiny_model_and_processor
 
@@ -58,5 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row)
     model, processor = init_checkpoint(rows, args.vision_tower, args.seed)
-    save_checkpoint(args.output_dir, model, processor)
+    towers = public_names(args.vision_tower)
+    provenance = {"base_models": towers, "stages": []}
+    provenance = add_stage(provenance, "new weights", vocabulary=public_names(args.dataset), seed=args.seed)
+    save_checkpoint(args.output_dir, model, processor, provenance=provenance)
     print(f"Saved {args.output_dir}")  # noqa: T201

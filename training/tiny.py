@@ -59,7 +59,13 @@ def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> TokenFlexConfig:
-    """A SigLIP-type tower of 8 x 8 patches and a Qwen2-type language model, for counts 4, 16 and 36."""
+    """
+    A SigLIP-type tower of 8 x 8 patches and a Qwen2-type language model, for counts 4, 16 and 36.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]): As [`train_tokenizer`] makes it.
+        width (`int`, *optional*, defaults to 128): The hidden size of both towers.
+    """
     return TokenFlexConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=width,

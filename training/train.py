@@ -12,6 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..files import save_checkpoint
+from ..hub.push import push_checkpoint
+from ..provenance import add_stage, public_names, read_provenance
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
 from .collator import TokenFlexDataCollator
 from .datasets import DataArguments, load_rows
@@ -81,6 +83,12 @@ def train(
     """
     Trains and saves the model and its processor to `<output_dir>/final`. Started again, it goes on from the last
     checkpoint; if it had ended, it does nothing.
+
+    Args:
+        model_args ([`ModelArguments`]): The checkpoint and what of it is trained.
+        data_args ([`DataArguments`]): The rows to train on.
+        eval_args ([`EvaluationArguments`]): The rows to evaluate on while training, if any.
+        args ([`TokenFlexTrainingArguments`]): How to train.
 
     Returns:
         `Path`: The saved checkpoint.
@@ -161,28 +169,50 @@ def train(
     if trainer.is_world_process_zero():
         begin_run(output_dir, described)
     trainer.train(resume_from_checkpoint=checkpoint)
-    _save(trainer, model_args, final)
+    _save(trainer, model_args, final, _provenance(trainer, model_args, data_args))
     if trainer.is_world_process_zero():
         end_run(output_dir, described)
+    if args.push_to_hub and trainer.is_world_process_zero():
+        push_checkpoint(final, trainer.hub_model_id, trainer.save_evaluations())
     trainer.accelerator.wait_for_everyone()
     return final
 
 
-def _save(trainer: TokenFlexTrainer, model_args: ModelArguments, final: Path) -> None:
+def _provenance(trainer: TokenFlexTrainer, model_args: ModelArguments, data_args: DataArguments) -> dict:
+    args, collator = trainer.args, trainer.data_collator
+    return add_stage(
+        read_provenance(model_args.model_name_or_path),
+        "training",
+        data=public_names(data_args.dataset),
+        vision_token_choices=collator.vision_token_choices,
+        vision_token_weights=collator.vision_token_weights,
+        scheme=args.scheme,
+        frozen=[part for part in model_args.freeze if part != "none"] or None,
+        lora_rank=model_args.lora_rank or None,
+        steps=trainer.state.global_step,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+
+
+def _save(trainer: TokenFlexTrainer, model_args: ModelArguments, final: Path, provenance: dict) -> None:
     """The whole model, adapters merged into it; the adapters stand beside it as well."""
     processor = trainer.processing_class
     if model_args.lora_rank:
         adapter = final.with_name("adapter")
         trainer.save_model(str(adapter))
         if trainer.is_world_process_zero():
-            save_checkpoint(final, merge_adapters(model_args.model_name_or_path, adapter), processor)
+            merged = merge_adapters(model_args.model_name_or_path, adapter)
+            save_checkpoint(final, merged, processor, provenance=provenance)
     else:
         # Where weights are shared out, every process takes part in gathering them.
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         for name in trainer.model.all_tied_weights_keys:
             state.pop(name, None)
         if trainer.is_world_process_zero():
-            save_checkpoint(final, trainer.accelerator.unwrap_model(trainer.model), processor, state_dict=state)
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_checkpoint(final, model, processor, state_dict=state, provenance=provenance)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,237 @@
+"""The model card: built from a checkpoint, its provenance and its evaluations, never typed in."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import AutoConfig
+
+from ..evaluation.report import markdown_table
+from ..provenance import read_provenance
+from .checkpoint import count_parameters
+
+
+TEMPLATE = Path(__file__).with_name("card.md")
+TASK = "visual-question-answering"
+
+
+@dataclass
+class Evaluation:
+    """
+    One evaluation of a checkpoint, as `tokenflex eval` or `tokenflex quickstart` wrote it.
+
+    Args:
+        folder (`Path`): Where its `results.json` and `results.png` lie.
+        report (`dict`): What `results.json` holds.
+    """
+
+    folder: Path
+    report: dict
+
+    @property
+    def title(self) -> str:
+        names = " + ".join(self.report.get("dataset") or [self.folder.name])
+        return f"{names}, {self.report['dataset_split']}" if self.report.get("dataset_split") else names
+
+    @property
+    def slug(self) -> str:
+        """What to call it in file names and metadata."""
+        kept = (letter if letter.isalnum() else "-" for letter in self.title.lower())
+        return "-".join(filter(None, "".join(kept).split("-")))
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The data set's id, if it is one on the Hub."""
+        names = self.report.get("dataset") or []
+        return names[0] if len(names) == 1 and _is_hub_id(names[0]) else None
+
+    @property
+    def metric(self) -> str:
+        return self.report.get("metric", "exact_match")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The mean over families at every count."""
+        return self.report["mean"]
+
+    @property
+    def file(self) -> str:
+        return f"evaluation/{self.slug}/results.json"
+
+    @property
+    def plot(self) -> str | None:
+        return f"evaluation/{self.slug}/results.png" if (self.folder / "results.png").is_file() else None
+
+    def files(self) -> dict[str, Path]:
+        """What is published of it, by the path in the repository."""
+        files = {self.file: self.folder / "results.json"}
+        return files | ({self.plot: self.folder / "results.png"} if self.plot else {})
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and ":" not in name
+
+
+def read_evaluation(folder: str | Path) -> Evaluation:
+    """
+    Reads what `tokenflex eval` wrote.
+
+    Args:
+        folder (`str` or `Path`): Its `output_dir`.
+
+    Raises:
+        ValueError: If the folder holds no evaluation.
+    """
+    folder = Path(folder)
+    file = folder / "results.json"
+    how = (
+        "Run `tokenflex eval --model_name_or_path CHECKPOINT --dataset DATA --output_dir FOLDER` first, or leave "
+        "scores out with `--without_evaluation`."
+    )
+    if not file.is_file():
+        raise ValueError(f"`evaluation`={str(folder)!r} holds no results.json. {how}")
+    try:
+        report = json.loads(file.read_text())
+        markdown_table(report), report["mean"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"`evaluation`: {file} is no report of an evaluation. {how}") from None
+    return Evaluation(folder, report)
+
+
+def build_card(
+    checkpoint: str | Path,
+    repo_id: str,
+    evaluations: Sequence[Evaluation] = (),
+    licence: str | None = None,
+    languages: Sequence[str] = ("en",),
+    datasets: Sequence[str] = (),
+    base_models: Sequence[str] = (),
+    question: str = "What does the picture show?",
+) -> ModelCard:
+    """
+    A checkpoint's model card. Every figure in it comes from a file: scores and costs from the evaluations, the way it was
+    made from its provenance.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint's folder.
+        repo_id (`str`): Where it is going to be, for the code in the card.
+        evaluations (`Sequence[Evaluation]`, *optional*): As [`read_evaluation`] returns them.
+        licence (`str`, *optional*): The checkpoint's, as the Hub abbreviates it, such as `"apache-2.0"`.
+        languages (`Sequence[str]`, *optional*, defaults to `("en",)`): What it understands.
+        datasets (`Sequence[str]`, *optional*): Hub ids of training data, beside those that the provenance names.
+        base_models (`Sequence[str]`, *optional*): Hub ids of what it was built from, beside those of the provenance.
+        question (`str`, *optional*): What the card's example asks.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card, with `model-index` in its metadata.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    provenance = read_provenance(checkpoint)
+    bases = list(dict.fromkeys([*provenance["base_models"], *base_models]))
+    used = [name for stage in provenance["stages"] for name in stage.get("data", []) if _is_hub_id(name)]
+    # The Hub shows results only of a model that has a name in the metadata.
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["tokenflex", "vision-language-model"],
+        language=list(languages),
+        license=licence,
+        base_model=[name for name in bases if _is_hub_id(name)] or None,
+        datasets=list(dict.fromkeys([*used, *datasets])) or None,
+        metrics=sorted({evaluation.metric for evaluation in evaluations}) or None,
+        model_name=repo_id.split("/")[-1] if evaluations else None,
+        eval_results=[result for evaluation in evaluations for result in eval_results(evaluation)] or None,
+    )
+    choices, weights = config.vision_token_choices, config.vision_token_weights
+    rows, columns = config.patch_grid
+    image_size = config.vision_config.image_size
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        config=config,
+        rows=rows,
+        columns=columns,
+        largest=min(rows, columns),
+        size=image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size),
+        parameters=count_parameters(checkpoint),
+        choices=", ".join(
+            f"{count} (drawn {weight / sum(weights):.0%} of the time)" for count, weight in zip(choices, weights)
+        ),
+        counts=choices,
+        question=question,
+        licence=licence,
+        base_models=[(name, _licence(name)) for name in bases],
+        stages=provenance["stages"],
+        image_processors=sorted(
+            {e.report["machine"]["image_processor"] for e in evaluations if "image_processor" in e.report["machine"]}
+        ),
+        evaluations=[
+            {
+                "title": evaluation.title,
+                "metric": evaluation.metric,
+                "table": markdown_table(evaluation.report),
+                "plot": evaluation.plot,
+                "file": evaluation.file,
+                "machine": evaluation.report["machine"],
+                "latency_batch_size": evaluation.report.get("latency_batch_size"),
+            }
+            for evaluation in evaluations
+        ],
+    )
+
+
+def eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    """
+    The evaluation as the cards' `model-index` takes it: one result per count, unrounded.
+
+    Args:
+        evaluation ([`Evaluation`]): The evaluation.
+    """
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=evaluation.hub_dataset or evaluation.slug,
+            dataset_name=evaluation.title,
+            dataset_split=evaluation.report.get("dataset_split"),
+            metric_type=evaluation.metric,
+            metric_name=f"{evaluation.metric.replace('_', ' ')} at {count} vision tokens",
+            metric_value=score,
+            metric_args={"num_vision_tokens": count if count == "auto" else int(count)},
+        )
+        for count, score in evaluation.scores.items()
+    ]
+
+
+def eval_results_yaml(evaluation: Evaluation) -> str | None:
+    """
+    The evaluation as the Hub's `.eval_results` takes it; `None` if its data is not a data set of the Hub.
+
+    Args:
+        evaluation ([`Evaluation`]): The evaluation.
+    """
+    if evaluation.hub_dataset is None:
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=evaluation.hub_dataset,
+            task_id=evaluation.report.get("dataset_split") or "default",
+            value=score,
+            notes=f"{evaluation.metric}, num_vision_tokens={count}",
+        )
+        for count, score in evaluation.scores.items()
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+def _licence(model_id: str) -> str | None:
+    """What the model's own card says, if it can be read."""
+    if not _is_hub_id(model_id):
+        return None
+    try:
+        return ModelCard.load(model_id).data.license
+    except Exception:  # whatever keeps it from being read, the card then sends its reader there
+        return None

@@ -1,0 +1,71 @@
+"""The files of a checkpoint that is to be published, and whether they are all there."""
+
+import json
+import math
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "generation_config.json", "modeling_tokenflex.py")
+# What a training run leaves beside a checkpoint is not part of it.
+PUBLISHED = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "NOTICE*")
+LEFT_OUT = ("trainer_state.json", "arguments.json", "finished.json")
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """
+    What of a checkpoint is published: weights as safetensors, code, configs, tokenizer, provenance.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+
+    Returns:
+        `list[Path]`: In the order of their names.
+
+    Raises:
+        ValueError: If it is no TokenFLEX checkpoint, or not a whole one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"`model_name_or_path`={str(folder)!r}: no such folder. Give a checkpoint's, such as outputs/demo/checkpoint."
+        )
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    missing += [] if weight_files(folder) else [SAFE_WEIGHTS_NAME]
+    missing += [file.name for file in weight_files(folder) if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"`model_name_or_path`={str(folder)!r} lacks {', '.join(missing)}: give a folder that `tokenflex train` "
+            "(its `final`), `build` or `save_checkpoint` wrote."
+        )
+    found = {file for pattern in PUBLISHED for file in folder.glob(pattern) if file.name not in LEFT_OUT}
+    return sorted(found)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The weights: one file, or those that the index names.
+
+    Args:
+        folder (`Path`): The checkpoint.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [file for file in [folder / SAFE_WEIGHTS_NAME] if file.is_file()]
+
+
+def count_parameters(folder: Path) -> int:
+    """
+    The number of parameters; tied weights are stored, and counted, once.
+
+    Args:
+        folder (`Path`): The checkpoint.
+    """
+    total = 0
+    for file in weight_files(Path(folder)):
+        with safe_open(file, "pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total

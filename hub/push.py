@@ -1,0 +1,188 @@
+"""`tokenflex push`: publishes a checkpoint with code, card, plots and scores, in one commit."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from ..files import replace_directory, write_file
+from .card import build_card, eval_results_yaml, read_evaluation
+from .checkpoint import checkpoint_files
+
+
+def collect_files(
+    checkpoint: str | Path, repo_id: str, evaluations: Sequence[str | Path] = (), **card_options
+) -> dict[str, bytes | Path]:
+    """
+    Everything that is published, by its path in the repository.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint's folder.
+        repo_id (`str`): Where it goes.
+        evaluations (`Sequence[str | Path]`, *optional*): Folders that `tokenflex eval` wrote.
+        card_options: As for [`build_card`].
+
+    Returns:
+        `dict[str, bytes | Path]`: The content, or the file that holds it.
+
+    Raises:
+        ValueError: If the checkpoint or an evaluation is not whole.
+    """
+    files = {file.name: file for file in checkpoint_files(checkpoint)}
+    read = [read_evaluation(folder) for folder in evaluations]
+    titles = [evaluation.slug for evaluation in read]
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"`evaluation` names the same data twice: {', '.join(titles)}. Give one evaluation of each.")
+    for evaluation in read:
+        files |= evaluation.files()
+        entries = eval_results_yaml(evaluation)
+        files |= {f".eval_results/{evaluation.slug}.yaml": entries.encode()} if entries else {}
+    files["README.md"] = str(build_card(checkpoint, repo_id, read, **card_options)).encode()
+    return files
+
+
+def push_checkpoint(
+    checkpoint: str | Path,
+    repo_id: str,
+    evaluations: Sequence[str | Path] = (),
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish the checkpoint",
+    **card_options,
+) -> str:
+    """
+    Publishes a checkpoint. The commit is one: either all of it is there afterwards or nothing is changed. Weights and
+    evaluations of an earlier push that are not part of this one are removed.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint's folder.
+        repo_id (`str`): Such as `"user/name"`; without a user it is the account's own. It is made if it is not there.
+        evaluations (`Sequence[str | Path]`, *optional*): Folders that `tokenflex eval` wrote.
+        private (`bool`, *optional*): Whether a new repository is private. Defaults to the account's setting.
+        revision (`str`, *optional*): The branch. Defaults to `"main"`.
+        commit_message (`str`, *optional*): The commit's.
+        card_options: As for [`build_card`].
+
+    Returns:
+        `str`: The commit's URL.
+
+    Raises:
+        ValueError: If nobody is logged in, the account may not write there, or the checkpoint is not whole.
+        ConnectionError: If the upload broke off. The message says what is on the Hub.
+    """
+    checkpoint_files(checkpoint)
+    if get_token() is None:
+        raise ValueError("Nobody is logged in: run `hf auth login`, or set HF_TOKEN to a token that may write.")
+    api = HfApi()
+    try:
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        files = collect_files(checkpoint, repo_id, evaluations, **card_options)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision)
+    except HfHubHTTPError as error:
+        raise _refusal(repo_id, error) from None
+    there = [file.rfilename for file in before.siblings or []]
+    stale = [name for name in there if name not in files and _is_ours(name)]
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    try:
+        # Whoever commits at the same time is not overwritten.
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=before.sha
+        )
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            raise _refusal(repo_id, error) from None
+        raise _broken_off(api, repo_id, revision, before.sha, error) from error
+    except Exception as error:
+        raise _broken_off(api, repo_id, revision, before.sha, error) from error
+    return commit.commit_url
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith(
+        ("evaluation/", ".eval_results/")
+    )
+
+
+def _refusal(repo_id: str, error: HfHubHTTPError) -> Exception:
+    status = error.response.status_code if error.response is not None else None
+    if status == 401:
+        return ValueError(
+            "The Hub does not know the token: run `hf auth login`, or set HF_TOKEN to one that may write."
+        )
+    if status in (403, 404) or isinstance(error, RepositoryNotFoundError):
+        return ValueError(
+            f"`repo_id`={repo_id!r}: this account may not write there. Take one of your own namespaces (`hf auth whoami` "
+            "names them), or a token with write access."
+        )
+    if status == 400:
+        return ValueError(f"`repo_id`={repo_id!r}: {error.server_message or error}")
+    return ConnectionError(f"The Hub did not take the upload ({error}). Nothing was published.")
+
+
+def _broken_off(
+    api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception
+) -> ConnectionError:
+    try:
+        now = api.model_info(repo_id, revision=revision).sha
+    except Exception:
+        there = f"Whether it was published could not be found out; if it was, {repo_id} shows a new commit"
+    else:
+        there = (
+            f"Nothing was published: {repo_id} is as it was"
+            if now == before
+            else f"It was published all the same, as commit {now}"
+        )
+    return ConnectionError(f"The upload broke off ({error}). {there}. The same command may be given again.")
+
+
+def write_folder(folder: str | Path, files: dict[str, bytes | Path]) -> None:
+    """
+    Writes what would be published.
+
+    Args:
+        folder (`str` or `Path`): Where it goes; a folder there is replaced.
+        files (`dict[str, bytes | Path]`): What [`collect_files`] returns.
+    """
+    with replace_directory(folder) as new:
+        for name, content in files.items():
+            write_file(new / name, content if isinstance(content, bytes) else content.read_bytes())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="tokenflex push", description="Publish a checkpoint on the Hub, with its model card.")
+    parser.add_argument("--model_name_or_path", required=True, help="The checkpoint's folder.")
+    parser.add_argument("--repo_id", required=True, help="Where it goes, such as user/name.")
+    scores = parser.add_mutually_exclusive_group(required=True)
+    scores.add_argument("--evaluation", nargs="+", help="Folders that `tokenflex eval` wrote, for scores and costs.")
+    scores.add_argument("--without_evaluation", action="store_true", help="Publish without scores.")
+    parser.add_argument("--license", dest="licence", help="The checkpoint's licence, such as apache-2.0.")
+    parser.add_argument("--language", nargs="+", default=["en"], help="What it understands. Default: %(default)s.")
+    parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of training data.")
+    parser.add_argument("--base_model", nargs="+", default=[], help="Hub ids of what it was built from.")
+    parser.add_argument("--question", default="What does the picture show?", help="What the card's example asks.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    parser.add_argument("--revision", help="The branch. Default: main.")
+    parser.add_argument("--commit_message", default="Publish the checkpoint", help="Default: %(default)r.")
+    parser.add_argument("--output_dir", help="Write what would be published to this folder instead of publishing it.")
+    args = parser.parse_args(argv)
+    card = {
+        "licence": args.licence,
+        "languages": args.language,
+        "datasets": args.datasets,
+        "base_models": args.base_model,
+        "question": args.question,
+    }
+    evaluations = args.evaluation or []
+    if args.output_dir:
+        write_folder(args.output_dir, collect_files(args.model_name_or_path, args.repo_id, evaluations, **card))
+        print(f"Written to {args.output_dir}; nothing was published")  # noqa: T201
+        return
+    options = {name: getattr(args, name) for name in ("private", "revision", "commit_message")}
+    url = push_checkpoint(args.model_name_or_path, args.repo_id, evaluations, **options, **card)
+    print(f"Published: {url}")  # noqa: T201

@@ -1,0 +1,112 @@
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from tokenflex.evaluation import evaluate, save_report
+from tokenflex.files import save_checkpoint
+from tokenflex.hub.card import build_card, eval_results_yaml, read_evaluation
+from tokenflex.hub.push import collect_files
+from tokenflex.provenance import add_stage
+from tokenflex.training.synthetic import SyntheticVQA
+
+
+PROVENANCE = add_stage(
+    {"base_models": ["google/siglip-tiny", "towers"], "stages": []},
+    "training",
+    data=["vikhyatk/lnqa", "mine.parquet"],
+    steps=7,
+    vision_token_weights=[0.2, 0.3, 0.5],
+)
+
+
+@pytest.fixture(scope="module")
+def published(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    save_checkpoint(folder / "checkpoint", *tiny, provenance=PROVENANCE)
+    report, predictions = evaluate(*tiny, SyntheticVQA(8, 5), latency_batch_size=2, show_progress=False)
+    report |= {"dataset": ["someone/shapes"], "dataset_split": "test"}
+    save_report(folder / "eval", report, predictions, "shapes")
+    return folder
+
+
+def test_every_score_in_the_card_is_the_evaluations(published):
+    report = json.loads((published / "eval/results.json").read_text())
+    card = build_card(published / "checkpoint", "me/tiny", [read_evaluation(published / "eval")], licence="mit")
+    read_again = ModelCard(str(card))
+    assert str(read_again.data) == str(card.data)
+    name, results = model_index_to_eval_results(read_again.data.to_dict()["model-index"])
+    assert name == "tiny"
+    assert {str(result.metric_args["num_vision_tokens"]): result.metric_value for result in results} == report["mean"]
+    assert {result.dataset_type for result in results} == {"someone/shapes"}
+    rows = [row.strip("| ").split(" | ") for row in card.text.splitlines() if row.startswith("| ")]
+    titles, table = rows[0], {row[0]: row for row in rows[1:]}
+    for count, mean in report["mean"].items():
+        cells = dict(zip(titles, table[count]))
+        assert cells["mean"] == f"{100 * mean:.1f}"
+        assert cells["95 % of means"] == "–".join(f"{100 * bound:.1f}" for bound in report["interval"][count])
+        assert cells["ms to first token"] == f"{report['milliseconds_to_first_token'][count]:.1f}"
+        assert cells["peak MiB"] == f"{report['peak_memory_mib'][count]:.0f}"
+
+
+def test_the_card_says_how_the_checkpoint_was_made(published):
+    card = build_card(published / "checkpoint", "me/tiny", base_models=["Qwen/tiny"], datasets=["x/y"], licence="mit")
+    data = card.data.to_dict()
+    assert data["base_model"] == ["google/siglip-tiny", "Qwen/tiny"], "a local folder is no model of the Hub"
+    assert data["datasets"] == ["vikhyatk/lnqa", "x/y"]
+    assert data["license"] == "mit" and "model-index" not in data
+    assert (
+        "1. **training**: data vikhyatk/lnqa, mine.parquet; steps 7; vision token weights 0.2, 0.3, 0.5" in card.text
+    )
+    assert "Not evaluated." in card.text and "measured" not in card.text.split("## Limits")[0]
+    assert "{{" not in str(card) and "{%" not in str(card)
+
+
+def test_code_in_the_card_runs(published, tmp_path, monkeypatch):
+    SyntheticVQA(1, 5)[0]["image"].save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    card = build_card(published / "checkpoint", str(published / "checkpoint"), question="which color is the paper?")
+    blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    exec(blocks[0] + blocks[2], {})
+
+
+def test_results_go_where_the_hub_looks_for_them(published):
+    files = collect_files(published / "checkpoint", "me/tiny", [published / "eval"])
+    assert {"README.md", "config.json", "model.safetensors", "modeling_tokenflex.py", "provenance.json"} <= set(files)
+    assert "evaluation/someone-shapes-test/results.png" in files
+    entries = yaml.safe_load(files[".eval_results/someone-shapes-test.yaml"])
+    report = json.loads((published / "eval/results.json").read_text())
+    assert [entry["value"] for entry in entries] == list(report["mean"].values())
+    assert entries[0]["dataset"]["id"] == "someone/shapes"
+    assert "num_vision_tokens=4" in entries[0]["notes"]
+    local = read_evaluation(published / "eval")
+    local.report["dataset"] = ["test.parquet"]
+    assert eval_results_yaml(local) is None, "no data set of the Hub"
+
+
+def test_what_training_left_beside_a_checkpoint_is_not_published(tiny, tmp_path):
+    save_checkpoint(tmp_path / "checkpoint", *tiny)
+    for name in ("optimizer.pt", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "notes.md"):
+        (tmp_path / "checkpoint" / name).write_text("{}")
+    files = collect_files(tmp_path / "checkpoint", "me/tiny")
+    assert not {name for name in files if name.endswith((".bin", ".pt", "trainer_state.json", "notes.md"))}
+
+
+def test_what_is_not_whole_is_refused(tiny, published, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        collect_files(tmp_path / "nowhere", "me/tiny")
+    save_checkpoint(tmp_path / "checkpoint", *tiny)
+    (tmp_path / "checkpoint/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks model.safetensors"):
+        collect_files(tmp_path / "checkpoint", "me/tiny")
+    with pytest.raises(ValueError, match="holds no results.json.*tokenflex eval"):
+        collect_files(published / "checkpoint", "me/tiny", [tmp_path / "checkpoint"])
+    (tmp_path / "results.json").write_text('{"accuracy": 1}')
+    with pytest.raises(ValueError, match="no report of an evaluation"):
+        collect_files(published / "checkpoint", "me/tiny", [tmp_path])
+    with pytest.raises(ValueError, match="the same data twice"):
+        collect_files(published / "checkpoint", "me/tiny", [published / "eval"] * 2)
