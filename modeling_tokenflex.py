@@ -31,6 +31,12 @@ def pooling_weights(
     equals `torch.nn.functional.adaptive_avg_pool2d`, and unlike it is deterministic on every device and can be
     exported for sizes that do not divide each other.
 
+    Args:
+        input_size (`int`): How many values there are.
+        output_size (`int`): How many windows to average them into.
+        device (`torch.device`, *optional*): Where the matrix is made. Defaults to torch's default device.
+        dtype (`torch.dtype`, *optional*): Its dtype. Defaults to torch's default dtype.
+
     Returns:
         `torch.Tensor` of shape `(output_size, input_size)`: Rows sum to one.
 
@@ -70,6 +76,9 @@ class TokenFlexSwiGLU(nn.Module):
 class TokenFlexProjector(nn.Module):
     """
     Adaptive average pooling of the patch grid to a chosen grid, then SwiGLU (arXiv 2504.03154, abstract).
+
+    Args:
+        config ([`TokenFlexConfig`]): The configuration.
     """
 
     def __init__(self, config: TokenFlexConfig):
@@ -111,7 +120,7 @@ class TokenFlexProjector(nn.Module):
             shape `(total_vision_tokens, hidden_size)`, image by image. One tensor from one call of SwiGLU, whatever the
             grids: where weights are shared out between processes, all of them have to make the same calls.
         """
-        patch_features = patch_features.to(self.swiglu.gate.weight.dtype)
+        patch_features = patch_features.to(self.swiglu.down.weight.dtype)
         if len(set(grids)) == 1:
             return self.swiglu(self.pool(patch_features, grids[0]))
         pooled = [None] * len(grids)
@@ -168,6 +177,8 @@ def _spare_vision(quantization_config):
 
 
 class TokenFlexPreTrainedModel(PreTrainedModel):
+    """What TokenFLEX models have in common: how they are loaded, initialised and split over devices."""
+
     config: TokenFlexConfig
     config_class = TokenFlexConfig
     base_model_prefix = "model"
@@ -205,7 +216,12 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
 
 
 class TokenFlexModel(TokenFlexPreTrainedModel):
-    """The vision tower, the projector and the language model, without a head."""
+    """
+    The vision tower, the projector and the language model, without a head.
+
+    Args:
+        config ([`TokenFlexConfig`]): The configuration.
+    """
 
     def __init__(self, config: TokenFlexConfig):
         config.check_vision_tokens()  # loading sets attributes after the config has checked itself
@@ -325,6 +341,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         The grid of each image: `vision_token_grids` if given, else `num_vision_tokens`, else the uniform count that
         the placeholders in `input_ids` imply.
 
+        Args:
+            num_images (`int`): The number of images that the vision tower sees.
+            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*): Counts or grids.
+            vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of each image.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The prompts.
+
         Returns:
             `list[tuple[int, int]]`: (rows, columns) per image.
 
@@ -371,6 +393,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     ) -> torch.BoolTensor:
         """
         Marks the positions that image features replace.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The prompts.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Their embeddings, in which placeholders are found where there are no `input_ids`.
+            image_features (`torch.Tensor` of shape `(total_vision_tokens, hidden_size)`): The features to place.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
@@ -430,6 +458,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 The prompts, with one run of `image_token_id` per image.
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`, *optional*):
                 The images of all prompts in order of appearance.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding. Defaults to no padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The tokens' positions. Default to the language model's own count of them.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of the tokens before `input_ids`.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                The prompts' embeddings in place of `input_ids`.
             num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
                 The counts the prompts were encoded with, when `vision_token_grids` is not given.
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
@@ -521,6 +557,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGenerationMixin):
     """
     TokenFLEX with a language-modelling head: images and text in, text out, at any number of vision tokens.
+
+    Args:
+        config ([`TokenFlexConfig`]): The configuration.
 
     Example:
 
