@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
 
-.PHONY: demo test reproduce lint clean
+.PHONY: demo test reproduce reference lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -16,6 +16,9 @@ test: $(TESTABLE)
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce
+
+reference: $(TESTABLE)
+	$(BIN)/python docs/build_reference.py
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check --fix .

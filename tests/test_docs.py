@@ -2,11 +2,15 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser, Qwen2ForCausalLM
 
 import tokenflex
+from tokenflex import cli
 from tokenflex.files import save_checkpoint
 from tokenflex.training.synthetic import draw_scene
 
@@ -16,8 +20,11 @@ MODULES = sorted(
     f"tokenflex.{name}"
     for name in [
         *(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "__main__", "setup")),
-        *(f"training.{found.name}" for found in pkgutil.iter_modules([str(ROOT / "training")])),
-        *(f"evaluation.{found.name}" for found in pkgutil.iter_modules([str(ROOT / "evaluation")])),
+        *(
+            f"{package}.{found.name}"
+            for package in ("evaluation", "hub", "training")
+            for found in pkgutil.iter_modules([str(ROOT / package)])
+        ),
     ]
 )
 
@@ -36,15 +43,15 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     assert runner.failures == 0
 
 
-def python_blocks():
-    blocks = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)):
-            blocks.append(pytest.param(block, id=f"{path.name}-{number}"))
-    return blocks
+def blocks(language):
+    found = []
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for number, block in enumerate(re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)):
+            found.append(pytest.param(block, id=f"{path.name}-{number}"))
+    return found
 
 
-@pytest.mark.parametrize("block", python_blocks())
+@pytest.mark.parametrize("block", blocks("python"))
 def test_python_in_the_documentation_runs(block, tiny, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "outputs/demo/checkpoint", *tiny)
     draw_scene(0, 0).image.save(tmp_path / "outputs/demo/question.png")
@@ -52,6 +59,54 @@ def test_python_in_the_documentation_runs(block, tiny, tmp_path, monkeypatch):
     if "easy_vqa" in block:
         pytest.importorskip("easy_vqa", reason="the block needs the data package easy-vqa")
     exec(compile(block, "block", "exec"), {})
+
+
+@pytest.mark.parametrize("block", blocks("py"))
+def test_python_with_the_hubs_names_runs_on_local_folders(block, tiny, tmp_path, monkeypatch):
+    """Blocks that name checkpoints of the Hub; `tests/test_serve.py` runs the one that asks a server."""
+    if "base_url" in block:
+        pytest.skip("asks a server")
+    model, processor = tiny
+    causal_lm = Qwen2ForCausalLM(model.config.text_config)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    causal_lm.save_pretrained(tmp_path / "language_model")
+    processor.tokenizer.save_pretrained(tmp_path / "language_model")
+    save_checkpoint(tmp_path / "mine", model, processor)
+    local = {
+        "google/siglip-so400m-patch14-384": "tower",
+        "Qwen/Qwen2.5-7B-Instruct": "language_model",
+        "you/mine": "mine",
+    }
+    for name, folder in local.items():
+        block = block.replace(f'"{name}"', repr(str(tmp_path / folder)))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "block", "exec"), {})
+
+
+class _Accepted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands_in_the_documentation_are_accepted(block, monkeypatch):
+    """Every command's arguments are parsed by the command itself, up to where it would begin to work."""
+    parse = ArgumentParser.parse_args
+
+    def parse_only(self, args=None, **kwargs):
+        parse(self, args)
+        raise _Accepted
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse_only)
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    for command in commands:
+        if "tokenflex" in command[:1]:
+            with pytest.raises(_Accepted):
+                cli.main(["--traceback", *command[1:]])
+        elif command[:1] == ["make"]:
+            assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif command[:1] == ["python"] and command[1].endswith(".py"):
+            assert (ROOT / command[1]).is_file()
 
 
 def test_version_stands_in_one_place():

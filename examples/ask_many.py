@@ -1,0 +1,65 @@
+"""
+Encodes an image once and asks many questions about it at several vision-token counts: the vision tower runs a single time.
+
+    python examples/ask_many.py --model outputs/demo/checkpoint --image outputs/demo/question.png \
+        --questions "which color is the paper?" "what shape is it?" --counts 4 16 36
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tokenflex  # noqa: F401 - registers the Auto classes
+from tokenflex.training.data import decode_image
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask many questions about one image, encoded once.")
+    parser.add_argument("--model", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument("--image", required=True, help="An image file.")
+    parser.add_argument("--questions", required=True, nargs="+", help="The questions, answered as one batch.")
+    parser.add_argument("--counts", type=int, nargs="+", help="Default: the model config's choices.")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="Longest answer. Default: %(default)s.")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def ask(model, processor, image, questions: list[str], counts: list[int], max_new_tokens: int = 32) -> dict:
+    """The answers to all questions, a list for each count."""
+    dialogs = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        for question in questions
+    ]
+    prompts = processor.apply_chat_template(dialogs, add_generation_prompt=True)
+    inputs = processor(
+        images=[image] * len(questions), text=prompts, padding=True, add_special_tokens=False, return_tensors="pt"
+    ).to(model.device)
+
+    pixel_values = inputs.pop("pixel_values")  # the same for every question; several rows where it is cut into tiles
+    kept = model.get_image_features(pixel_values[: len(pixel_values) // len(questions)], num_vision_tokens=1)
+    kept.last_hidden_state = kept.last_hidden_state.repeat(len(questions), 1, 1)
+    answers = {}
+    for count in counts:
+        output = model.generate(
+            **inputs, mm_encoder_outputs={"image": kept}, num_vision_tokens=count, max_new_tokens=max_new_tokens
+        )
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers[count] = [text.strip() for text in texts]
+    return answers
+
+
+def main() -> None:
+    args = parse_args()
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto").eval()
+    counts = args.counts or model.config.vision_token_choices
+    answers = ask(model, processor, decode_image(args.image), args.questions, counts, args.max_new_tokens)
+    for number, question in enumerate(args.questions):
+        print(question)
+        for count in counts:
+            print(f"{count:>5} vision tokens: {answers[count][number]}")
+
+
+if __name__ == "__main__":
+    main()

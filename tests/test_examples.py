@@ -1,0 +1,112 @@
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from tokenflex.evaluation import predict
+from tokenflex.files import save_checkpoint
+from tokenflex.generate import answer
+from tokenflex.training.synthetic import draw_scene
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+IMAGE = draw_scene(0, 0).image
+DRAWN = r"'num_vision_tokens': '?(\d+)"  # in the Trainer's log
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch):
+    """A folder in which the examples' own commands run."""
+    save_checkpoint(tmp_path / "outputs/demo/checkpoint", *tiny)
+    IMAGE.save(tmp_path / "outputs/demo/question.png")
+    rows = [(scene.image, *scene.questions[0][1:]) for scene in (draw_scene(1, i) for i in range(6))]
+    table = datasets.Dataset.from_dict(dict(zip(("image", "question", "answer"), zip(*rows))))
+    for name in ("train", "validation"):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(name, monkeypatch, *more):
+    """Runs an example by the command of its docstring, with a few arguments more."""
+    docstring = runpy.run_path(str(EXAMPLES / name))["__doc__"]
+    command = re.search(rf"^    python examples/{name} (.*?)$\n(?:\n|\Z)", docstring, re.DOTALL | re.MULTILINE)[1]
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(command.replace("\\\n", " ")), *more])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_all_examples_are_run_here():
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_lora_trains_and_merges(workplace, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    run("finetune_lora.py", monkeypatch, "--max_steps", "2", "--batch_size", "2", "--learning_rate", "0.01")
+    drawn = re.findall(DRAWN, capsys.readouterr().out)
+    assert len(drawn) == 2 and set(drawn) <= {"4", "16", "36"}, "each step logs the count it drew"
+    before = AutoModelForImageTextToText.from_pretrained("outputs/demo/checkpoint").state_dict()
+    after = AutoModelForImageTextToText.from_pretrained("outputs/lora/final").state_dict()
+    assert before.keys() == after.keys(), "no trace of the adapters is left"
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model", "multi_modal_projector"}
+    assert (workplace / "outputs/lora/adapter/adapter_config.json").is_file()
+
+
+def test_lora_takes_json_lines_and_own_counts(workplace, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    line = '{"image": "outputs/demo/question.png", "question": "which color is the paper?", "answer": "pink"}\n'
+    (workplace / "train.jsonl").write_text(2 * line)
+    run("finetune_lora.py", monkeypatch, *shlex.split("--dataset train.jsonl --max_steps 1 --counts 9 --weights 1"))
+    assert re.findall(DRAWN, capsys.readouterr().out) == ["9"]
+
+
+def test_the_cheapest_count_that_is_good_enough(workplace, monkeypatch, capsys):
+    cheapest = run("choose_count.py", monkeypatch, "--counts", "4", "36")["cheapest"]
+    shown = capsys.readouterr().out
+    assert re.search(r"^\| 4 \|.*\n\| 36 \|", shown, re.MULTILINE) and "ms to first token" in shown
+    assert "Use num_vision_tokens=4:" in shown, "a model that knows nothing is as good at the smallest count"
+    report = {
+        "mean": {4: 0.80, 16: 0.945, 36: 0.95, "auto": 0.946},
+        "vision_tokens": {4: 4, 16: 16, 36: 36, "auto": 14},
+    }
+    assert cheapest(report, 0.2) == 4
+    assert cheapest(report, 0.01) == "auto"
+    assert cheapest(report, 0.0) == 36
+
+
+def test_many_answers_are_those_of_one_by_one(workplace, tiny, monkeypatch, capsys):
+    model, processor = tiny
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(1) if "VisionEmbeddings" in type(module).__name__ else None
+    )
+    ask = run("ask_many.py", monkeypatch, "--max_new_tokens", "4")["ask"]
+    hook.remove()
+    assert len(calls) == 1, "the tower runs once"
+    shown = capsys.readouterr().out
+    questions, counts = ["which color is the paper?", "what shape is it?"], [4, 16, 36]
+    answers = ask(model, processor, IMAGE, questions, counts, max_new_tokens=4)
+    for count in counts:
+        alone = [answer(model, processor, IMAGE, question, count, max_new_tokens=4) for question in questions]
+        assert answers[count] == alone
+        assert all(f"{count:>5} vision tokens: {reply}" in shown for reply in alone)
+
+
+def test_many_answers_with_tiles_are_those_of_the_evaluation(workplace, tiny, monkeypatch):
+    model, processor = tiny
+    monkeypatch.setattr(processor, "crop_to_patches", True)
+    monkeypatch.setattr(processor, "max_patches", 2)
+    wide = Image.new("RGB", (128, 64), "red")
+    ask = runpy.run_path(str(EXAMPLES / "ask_many.py"))["ask"]
+    rows = [{"image": wide, "questions": ["which color?", "what is it?"], "answers": ["red", "paper"]}]
+    expected = predict(model, processor, rows, [4], max_new_tokens=4, show_progress=False)
+    found = ask(model, processor, wide, rows[0]["questions"], [4], max_new_tokens=4)
+    assert found[4] == [prediction.predictions[4] for prediction in expected]
