@@ -213,6 +213,22 @@ def draw_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
     return shown
 
 
+def uploaded_path(file: dict | None) -> str | None:
+    """
+    The path of what a visitor uploaded or of an example; not of the machine's other files, which a request made by hand may name.
+
+    Args:
+        file (`dict`, *optional*): Gradio's record of the file.
+
+    Raises:
+        ValueError: If the file is another one.
+    """
+    path = file.get("path") if isinstance(file, dict) else None
+    if path is not None and not gr.utils.is_in_or_equal(path, gr.utils.get_upload_folder()):
+        raise ValueError("Choose an image first: upload one, or take an example.")
+    return path
+
+
 def read_image(path: str | Path | None) -> Image.Image:
     """
     Opens and decodes an uploaded file.
@@ -369,7 +385,7 @@ def build_demo(model, processor, examples: Sequence[tuple] | None = None) -> gr.
 
     def respond(file: dict | None, question: str, side: int, is_auto: bool = False):
         try:
-            image = read_image(file and file["path"])
+            image = read_image(uploaded_path(file))
             asked = ask(model, processor, image, question)
             if is_auto:
                 count, milliseconds = choose_count(model, asked)

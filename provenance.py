@@ -1,6 +1,7 @@
 """What a checkpoint was made from and how: kept beside its weights, and carried on from stage to stage."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import transformers
 from transformers.utils import cached_file
 
+from . import __version__
 from .files import PROVENANCE_NAME
 
 
@@ -19,12 +21,36 @@ def read_provenance(checkpoint: str | Path) -> dict:
         checkpoint (`str` or `Path`): Folder or Hub id.
 
     Returns:
-        `dict`: `base_models`, the Hub ids of what it was built from, and `stages`, what was done since, oldest first. Both
-        are empty for a checkpoint that says nothing.
+        `dict`: `base_models`, what it was built from, and `stages`, what was done since, oldest first. Of a folder that
+        says nothing both are empty; a checkpoint of the Hub that says nothing is itself what others are built from.
+
+    Raises:
+        ValueError: If what it says cannot be read.
     """
     file = cached_file(str(checkpoint), PROVENANCE_NAME, _raise_exceptions_for_missing_entries=False)
-    known = json.loads(Path(file).read_text()) if file else {}
-    return {"base_models": known.get("base_models", []), "stages": known.get("stages", [])}
+    if file is None:
+        return {"base_models": [str(checkpoint)] if _is_hub_id(checkpoint) else [], "stages": []}
+    try:
+        known = json.loads(Path(file).read_text())
+        return {"base_models": list(known["base_models"]), "stages": [dict(stage) for stage in known["stages"]]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no record of how a checkpoint was made ({error!r}): delete it to go on without."
+        ) from None
+
+
+def _is_hub_id(name: str | Path) -> bool:
+    return not Path(name).exists() and is_hub_id(str(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """
+    Whether a name has the form of the Hub's, `"user/name"`.
+
+    Args:
+        name (`str`): The name.
+    """
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def add_stage(provenance: dict, kind: str, **facts) -> dict:
@@ -49,7 +75,7 @@ def add_stage(provenance: dict, kind: str, **facts) -> dict:
     (['training', 0], False)
     ```
     """
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"tokenflex": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     stage = {"stage": kind, **{name: value for name, value in facts.items() if value is not None}, **versions}
     return {**provenance, "stages": [*provenance["stages"], stage]}
 
@@ -73,4 +99,4 @@ def public_names(sources: str | Sequence[str] | None) -> list[str]:
     ```
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources or []
-    return [Path(name).name if Path(name).exists() else str(name) for name in sources]
+    return [str(name) if _is_hub_id(name) or ":" in str(name) else Path(name).resolve().name for name in sources]

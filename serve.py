@@ -1,144 +1,76 @@
-"""`tokenflex serve`: transformers' OpenAI-style server, with a vision-token count for each request or image."""
+"""`tokenflex serve`: OpenAI-style chat completions, with a vision-token count for each request or image."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
-import http.client
-import io
 import json
+import re
+import threading
 from argparse import ArgumentParser
-from urllib.request import urlopen
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
 
 import torch
-import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .choosing_tokenflex import NAMED_COUNTS
 from .configuration_tokenflex import resolve_vision_token_grids
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .placeholders_tokenflex import recount_vision_tokens
+from .provenance import is_hub_id
+from .request_images import ImageReader
 
 
 try:
-    from fastapi import HTTPException
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from pydantic import BaseModel, Field, StrictBool, ValidationError
+    from starlette.exceptions import HTTPException as AnyHTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 except ImportError as error:
-    raise ImportError(f"{error}. Serving needs `pip install tokenflex[serve]`.") from None
+    raise ImportError(f'{error}. `tokenflex serve` needs `pip install "tokenflex[serve]"`.') from None
 
 
-IMAGE_PARTS = ("image_url", "input_image")
-MAX_DOWNLOAD = 64 * 2**20  # bytes of an image that is fetched
+DEFAULT_MAX_TOKENS = 1024
 
 
-class PinnedModel(ModelManager):
-    """The one model that is served."""
+class Sampling(BaseModel):
+    """What a request says about generating, with the limits that `generate` has."""
 
-    def __init__(self, model_name_or_path: str, **options):
-        # transformers looks classes up among its own names.
-        transformers.TokenFlexForConditionalGeneration = TokenFlexForConditionalGeneration
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["tokenflex"] = "TokenFlexForConditionalGeneration"
-        super().__init__(force_model=model_name_or_path, **options)
+    stream: StrictBool | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    seed: int | None = None
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:
-        return [{"id": self.force_model, "object": "model", "owned_by": "tokenflex", "created": 0}]
 
+class ClientLeft(StoppingCriteria):
+    """Ends an answer that nobody waits for any more."""
 
-class ImageReader:
-    """
-    Turns the image parts of OpenAI-style messages into images.
+    def __init__(self):
+        self.left = threading.Event()
 
-    Args:
-        max_megapixels (`float`): The largest image that is taken.
-    """
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
 
-    def __init__(self, max_megapixels: float):
-        self.max_megapixels = max_megapixels
-
-    def read_messages(self, messages: list[dict]) -> tuple[list[dict], list[str | None]]:
-        """
-        Args:
-            messages (`list[dict]`): As the chat completions or responses API has them.
-
-        Returns:
-            `tuple[list[dict], list[str | None]]`: The messages with images in place of their addresses, and each image's
-            `detail`.
-
-        Raises:
-            ValueError: If a message is malformed, or an image cannot be had.
-        """
-        read, details = [], []
-        for i, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ValueError(f"`messages[{i}]`={message!r}: a message has a `role` and a `content`.")
-            content = message.get("content")
-            if isinstance(content, list):
-                content = [
-                    self._read_part(part, f"messages[{i}].content[{j}]", details) for j, part in enumerate(content)
-                ]
-            read.append({**message, "content": content})
-        return read, details
-
-    def _read_part(self, part: dict, where: str, details: list) -> dict:
-        if not isinstance(part, dict) or "type" not in part:
-            raise ValueError(f"`{where}`={part!r}: a part has a `type`, such as 'text' or 'image_url'.")
-        if part["type"] not in IMAGE_PARTS:
-            return part
-        source = part.get("image_url")
-        detail = source.get("detail") if isinstance(source, dict) else part.get("detail")
-        url = source.get("url") if isinstance(source, dict) else source
-        if not isinstance(url, str):
-            raise ValueError(f"`{where}`: an image part needs `image_url` with a data: or http(s): URL.")
-        if detail not in (None, *NAMED_COUNTS):
-            raise ValueError(f"`{where}`: `detail`={detail!r}; it is one of {', '.join(NAMED_COUNTS)}.")
-        details.append(detail)
-        return {"type": part["type"], "image_url": self.read_image(url, where)}
-
-    def read_image(self, url: str, where: str) -> Image.Image:
-        """
-        The image at a URL. Files of the server's are not read.
-
-        Args:
-            url (`str`): A `data:` URL in base64, or one of HTTP.
-            where (`str`): What to call it in errors.
-
-        Raises:
-            ValueError: If there is no image, or it is too large.
-        """
-        shown = url if len(url) <= 40 else f"{url[:40]}..."
-        if url.startswith("data:"):
-            try:
-                content = base64.b64decode(url.partition(",")[2], validate=True)
-            except binascii.Error as error:
-                raise ValueError(f"`{where}`: {shown!r} is no base64 data URL ({error}).") from None
-        elif url.startswith(("http://", "https://")):
-            try:
-                with urlopen(url, timeout=20) as response:
-                    content = response.read(MAX_DOWNLOAD)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise ValueError(f"`{where}`: {shown!r} could not be fetched ({error}).") from None
-        else:
-            raise ValueError(f"`{where}`: {shown!r} is neither a data: nor an http(s): URL.")
-        try:
-            image = Image.open(io.BytesIO(content))
-            megapixels = image.width * image.height / 1e6
-            if megapixels > self.max_megapixels:
-                raise ValueError(
-                    f"`{where}`: an image of {image.width} x {image.height} is {megapixels:.0f} megapixels; at most "
-                    f"{self.max_megapixels:g} are taken. Send a smaller one: the model sees far fewer anyway."
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"`{where}`: {shown!r} is no image that can be read ({error}).") from None
+    async def watch(self, request: Request) -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.5)
+        self.left.set()
 
 
 class ChatHandler(ChatCompletionHandler):
@@ -147,110 +79,159 @@ class ChatHandler(ChatCompletionHandler):
     (a count, a list of one per image, `"low"`, `"high"` or `"auto"`), each image's `detail`, the server's default.
 
     Args:
+        name (`str`): What requests call the model.
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
         images ([`ImageReader`]): Reads images.
         num_vision_tokens (`int` or `str`, *optional*): The server's default. Defaults to the processor's.
-        kwargs: As for transformers' handler.
+
+    Raises:
+        ValueError: If the model cannot do the default.
     """
 
-    def __init__(self, images: ImageReader, num_vision_tokens: int | str | None = None, **kwargs):
-        super().__init__(**kwargs)
-        self.images = images
+    def __init__(self, name: str, model, processor, images: ImageReader, num_vision_tokens: int | str | None = None):
+        super().__init__(model_manager=None, generation_state=GenerationState())
+        self.name, self.model, self.processor, self.images = name, model, processor, images
         self.num_vision_tokens = num_vision_tokens
+        self.manager = self.generation_state.get_manager(name)
+        self.readers = ThreadPoolExecutor(16, "image")  # a slow address makes only those wait who name one
+        self.encoders = ThreadPoolExecutor(2, "encode")
+        default = self.resolve_counts(None, [None])
+        if isinstance(default, int):
+            resolve_vision_token_grids(default, 1, processor.patch_grid)
 
-    async def handle_request(self, body: dict, request_id: str):
-        body = dict(body)
-        template = {**self.chat_template_kwargs, **(body.pop("chat_template_kwargs", None) or {})}
-        asked = (body.pop("num_vision_tokens", None), template.pop("num_vision_tokens", None))
-        asked = next((count for count in asked if count is not None), None)
-        self._validate_request(body)
-        model_id, model, processor = self._resolve_model(body)
-        manager = self.generation_state.get_manager(model_id)
+    async def handle_request(self, body: dict, request_id: str, request: Request | None = None):
+        loop = asyncio.get_running_loop()
         with refusing():
-            inputs, is_auto = await asyncio.to_thread(self._encode, body, template, asked, model, processor)
-            config = self._build_generation_config(body, model.generation_config)
-            if is_auto:
-                inputs = await manager.async_submit(choose_count, model, inputs)
-        options = {"gen_manager": manager, "tools": body.get("tools")}
-        arguments = (request_id, model, processor, model_id, inputs, config)
-        response = (
-            self._streaming(*arguments, **options)
-            if body.get("stream")
-            else await self._non_streaming(*arguments, **options)
-        )
+            body, template, asked = self._read_body(body)
+            messages, details = await loop.run_in_executor(
+                self.readers, self.images.read_messages, body.get("messages")
+            )
+            counts = self.resolve_counts(asked, details)
+            arguments = (messages, template, counts, len(details), body.get("tools"))
+            inputs = await loop.run_in_executor(self.encoders, self._encode, *arguments)
+            config = self._build_generation_config(body, self.model.generation_config)
+            config.max_new_tokens = self._fit(config.max_new_tokens, inputs)
+            if counts == "auto" and details:
+                inputs = await self.manager.async_submit(choose_count, self.model, inputs)
+        criterion = ClientLeft()
+        inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
+        # The tokenizer decodes as the processor does, and knows its vocabulary, which stop strings need.
+        arguments = (request_id, self.model, self.processor.tokenizer, self.name, inputs, config)
+        options = {"gen_manager": self.manager, "tools": body.get("tools")}
+        if body.get("stream"):  # which sees by itself whether the client has left
+            response = self._streaming(*arguments, **options)
+        else:
+            watch = asyncio.create_task(criterion.watch(request)) if request else None
+            try:
+                response = await self._non_streaming(*arguments, **options)
+            finally:
+                if watch:
+                    watch.cancel()
         grids = inputs.get("vision_token_grids")
         if grids is not None:
             response.headers["X-Vision-Tokens"] = ",".join(str(rows * columns) for rows, columns in grids.tolist())
         return response
 
-    def _encode(self, body: dict, template: dict, asked, model, processor) -> tuple[dict, bool]:
-        messages, details = self.images.read_messages(body.get("messages") or [])
-        if not messages:
-            raise ValueError("`messages` is empty: a request has at least one.")
-        counts = self.resolve_counts(asked, details, model.config)
-        is_auto = counts == "auto" and bool(details)
-        if is_auto and model.config.vision_token_chooser is None:
-            model.choose_vision_tokens(None)  # says what can be done about it
-        if counts is None or isinstance(counts, str):
-            counts = min(model.config.vision_token_choices) if is_auto else processor.num_vision_tokens
-        if details:
-            resolve_vision_token_grids(counts, len(details), processor.patch_grid)
-        inputs = processor.apply_chat_template(
+    def _read_body(self, body: dict) -> tuple[dict, dict, int | list | str | None]:
+        """The body without what is about counts, the chat template's variables, and the counts asked for."""
+        body = dict(body)
+        if body.get("model") not in (None, self.name):
+            raise ValueError(f"`model`={body['model']!r}: this server is pinned to {self.name!r}.")
+        if body.pop("generation_config", None) is not None:
+            raise ValueError("`generation_config` is not taken: use the fields of OpenAI's API.")
+        template = body.pop("chat_template_kwargs", None) or {}
+        if not isinstance(template, dict):
+            raise ValueError(f"`chat_template_kwargs`={template!r}: give an object.")
+        template = dict(template)
+        asked = (body.pop("num_vision_tokens", None), template.pop("num_vision_tokens", None))
+        written = self.processor.chat_template
+        names = set(re.findall(r"\w+", written if isinstance(written, str) else json.dumps(written)))
+        for name in template:
+            if name not in names or name in ("messages", "tools", "documents", "add_generation_prompt"):
+                raise ValueError(f"`chat_template_kwargs`: the chat template takes no {name!r} from a request.")
+        self._validate_request(body)
+        said = Sampling.model_validate(body).model_dump(exclude_none=True)
+        vocab_size = self.model.config.text_config.vocab_size
+        for token in said.get("logit_bias", {}):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"`logit_bias`: there is no token {token}; they are 0 to {vocab_size - 1}.")
+        return {**body, **said}, template, next((count for count in asked if count is not None), None)
+
+    def _encode(self, messages: list, template: dict, counts, num_images: int, tools: list | None) -> dict:
+        if counts == "auto":
+            counts = min(self.model.config.vision_token_choices)
+        if num_images:
+            resolve_vision_token_grids(counts, num_images, self.processor.patch_grid)
+        inputs = self.processor.apply_chat_template(
             self.get_processor_inputs_from_messages(messages, Modality.VLM),
             add_generation_prompt=True,
-            tools=body.get("tools"),
+            tools=tools,
             return_tensors="pt",
             return_dict=True,
             tokenize=True,
-            processor_kwargs={"num_vision_tokens": counts} if details else {},
+            processor_kwargs={"num_vision_tokens": counts} if num_images else {},
             **template,
         )
-        return dict(inputs.to(model.device)), is_auto
+        return dict(inputs.to(self.model.device))
 
-    def resolve_counts(self, asked, details: list[str | None], config) -> int | list[int] | str | None:
+    def _fit(self, max_new_tokens: int | None, inputs: dict) -> int:
+        """The longest answer that still fits behind the prompt."""
+        length = inputs["input_ids"].shape[1]
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is None:
+            return max_new_tokens
+        if length >= limit:
+            raise ValueError(
+                f"The prompt has {length} tokens, and the model takes {limit} with its answer: shorten it, or use fewer "
+                "vision tokens."
+            )
+        return min(max_new_tokens, limit - length)
+
+    def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
+        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        config.max_new_tokens = asked or model_generation_config.max_new_tokens or DEFAULT_MAX_TOKENS
+        return config
+
+    def resolve_counts(self, asked, details: list[str | None]) -> int | list[int] | str:
         """
         The counts of a request's images.
 
         Args:
             asked (`int`, `list[int]` or `str`, *optional*): The request's `num_vision_tokens`.
             details (`list[str | None]`): Each image's `detail`.
-            config ([`TokenFlexConfig`]): The model's.
 
         Returns:
-            `int`, `list[int]`, `"auto"` or `None`: `"auto"` if the model is to choose, `None` for the processor's default.
+            `int`, `list[int]` or `"auto"`: `"auto"` if the model is to choose.
 
         Raises:
-            ValueError: If `asked` is nothing of that kind.
+            ValueError: If `asked` is nothing of that kind, or the model has not learned to choose.
         """
-        default = self.num_vision_tokens
-        if asked is None and set(details) <= {None}:
-            asked = default
+        config = self.model.config
         named = {"low": min(config.vision_token_choices), "high": max(config.vision_token_choices)}
+        if asked is None and set(details) <= {None}:
+            asked = self.processor.num_vision_tokens if self.num_vision_tokens is None else self.num_vision_tokens
         if asked is not None:
-            ints = asked if isinstance(asked, list) else [asked]
+            counts = asked if isinstance(asked, list) else [asked]
             is_named = isinstance(asked, str) and asked in NAMED_COUNTS
-            if not is_named and not all(isinstance(count, int) and not isinstance(count, bool) for count in ints):
+            if not is_named and not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
                 raise ValueError(
                     f"`num_vision_tokens`={asked!r}: give a count such as {named['high']}, a list with one for each image, "
                     f"or one of {', '.join(NAMED_COUNTS)}."
+                )
+            if asked == "auto" and config.vision_token_chooser is None:
+                raise ValueError(
+                    f"`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex calibrate` on "
+                    f"it, or ask for 'low' ({named['low']}), 'high' ({named['high']}) or any count."
                 )
             return named.get(asked, asked) if isinstance(asked, str) else asked
         # As OpenAI has it, `auto` leaves the choice to the server: to the model if it has learned to choose.
         if set(details) == {"auto"} and config.vision_token_chooser is not None:
             return "auto"
-        fallback = config.num_vision_tokens if default in (None, "auto") else named.get(default, default)
-        return [named.get(detail, fallback) for detail in details]
-
-
-class AnswerHandler(ResponseHandler):
-    """The responses API, with images read as in chat completions."""
-
-    def __init__(self, images: ImageReader, **kwargs):
-        super().__init__(**kwargs)
-        self.images = images
-
-    def get_processor_inputs_from_messages(self, messages: list[dict], modality) -> list[dict]:
-        with refusing():
-            return super().get_processor_inputs_from_messages(self.images.read_messages(messages)[0], modality)
+        default = self.num_vision_tokens
+        default = self.processor.num_vision_tokens if default in (None, "auto") else named.get(default, default)
+        return [named.get(detail, default) for detail in details]
 
 
 @contextlib.contextmanager
@@ -258,19 +239,23 @@ def refusing():
     """What is wrong with a request is answered with status 400 and the reason."""
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
-        raise HTTPException(status_code=400, detail=reason) from None
+    except ValidationError as error:
+        said = "; ".join(f"`{'.'.join(map(str, e['loc']))}`={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise HTTPException(400, said) from None
+    except KeyError as error:
+        raise HTTPException(400, f"A message or tool call lacks {error}.") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise HTTPException(400, str(error)) from None
 
 
 @torch.no_grad()
-def choose_count(model: TokenFlexForConditionalGeneration, inputs: dict) -> dict:
+def choose_count(model: TokenFlexForConditionalGeneration, inputs: Mapping) -> dict:
     """
-    Prompts, encoded at any count, at the count that the model chooses, with the features of the tower's only run.
+    A prompt, encoded at any count, at the count that the model chooses, with the features of the tower's only run.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
-        inputs (`dict`): What the processor returned for one prompt.
+        inputs (`Mapping`): What the processor returned for one prompt.
 
     Returns:
         `dict`: The arguments of `generate`.
@@ -288,9 +273,9 @@ def build_app(
     model_name_or_path: str,
     num_vision_tokens: int | str | None = None,
     max_megapixels: float = 64,
-    enable_cors: bool = False,
+    max_images: int = 32,
     **model_options,
-):
+) -> "FastAPI":
     """
     The server's application, with the model loaded.
 
@@ -298,62 +283,89 @@ def build_app(
         model_name_or_path (`str`): Checkpoint folder or Hub id.
         num_vision_tokens (`int` or `str`, *optional*):
             The count of requests that ask for none: a number, `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
-        max_megapixels (`float`, *optional*, defaults to 64): The largest image that is taken.
-        enable_cors (`bool`, *optional*, defaults to `False`): Whether pages of other origins may ask.
-        model_options: `device`, `dtype`, `attn_implementation` and `quantization` as `transformers serve` takes them.
+        max_megapixels (`float`, *optional*, defaults to 64): How large a request's images may be together.
+        max_images (`int`, *optional*, defaults to 32): How many images a request may have.
+        model_options: As for `from_pretrained`.
 
     Returns:
         `fastapi.FastAPI`: The application.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it cannot do the default count.
     """
-    manager, images = PinnedModel(model_name_or_path, **model_options), ImageReader(max_megapixels)
-    shared = {"model_manager": manager, "generation_state": GenerationState()}
-    chat = ChatHandler(images, num_vision_tokens, **shared)
-    model, _ = manager.load_model_and_processor(manager.process_model_name(model_name_or_path))
-    default = chat.resolve_counts(None, [None], model.config)
-    if default == "auto" and model.config.vision_token_chooser is None:
-        model.choose_vision_tokens(None)  # says what can be done about it
-    if isinstance(default, int):
-        resolve_vision_token_grids(default, 1, model.config.patch_grid)
-    app = build_server(
-        manager,
-        chat,
-        completion_handler=CompletionHandler(**shared),
-        response_handler=AnswerHandler(images, **shared),
-        transcription_handler=TranscriptionHandler(manager, shared["generation_state"]),
-        systemone_handler=SystemOneHandler(**shared),
-        generation_state=shared["generation_state"],
-        enable_cors=enable_cors,
-    )
-    app.add_exception_handler(HTTPException, answer_error)
+    if not Path(model_name_or_path).is_dir() and not is_hub_id(model_name_or_path):
+        raise ValueError(f"`model_name_or_path`={model_name_or_path!r}: no such folder, and no id of the Hub's form.")
+    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **{"device_map": "auto", **model_options})
+    images = ImageReader(max_megapixels, max_images)
+    handler = ChatHandler(model_name_or_path, model.eval(), processor, images, num_vision_tokens)
+    app = FastAPI(title="tokenflex", openapi_url=None)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: dict, request: Request):
+        return await handler.handle_request(body, f"chatcmpl-{id(request):x}", request)
+
+    @app.get("/v1/models")
+    async def models():
+        listed = {"id": model_name_or_path, "object": "model", "owned_by": "tokenflex", "created": 0}
+        return {"object": "list", "data": [listed]}
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok"}
+
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(_, error: AnyHTTPException):
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_, error: RequestValidationError):
+        return _error(400, f"The body is no JSON object: {error.errors()[0]['msg']}.")
+
+    @app.exception_handler(Exception)
+    async def fail(_, error: Exception):
+        return _error(500, f"{type(error).__name__}: {error}")
+
     return app
 
 
-async def answer_error(request, error: HTTPException) -> JSONResponse:
+def _error(status: int, message: str) -> "JSONResponse":
     """An error in the form whose message OpenAI's clients show."""
-    said = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
-    return JSONResponse({"error": said}, status_code=error.status_code)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+def _count(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def main(argv: list[str] | None = None) -> None:
-    import uvicorn
-
     parser = ArgumentParser(prog="tokenflex serve", description="Answer OpenAI-style requests over HTTP.")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument("--host", default="localhost", help="Where to listen. Default: %(default)s.")
     parser.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
     parser.add_argument(
         "--num_vision_tokens",
-        type=lambda text: int(text) if text.isdecimal() else text,
+        type=_count,
         help="The count of requests that ask for none, or `low`, `high`, `auto`. Default: the checkpoint's.",
     )
-    parser.add_argument("--max_megapixels", type=float, default=64, help="Largest image taken. Default: %(default)s.")
-    parser.add_argument("--device", default="auto", help="Default: %(default)s.")
+    parser.add_argument(
+        "--max_megapixels", type=float, default=64, help="Of a request's images together. Default: %(default)s."
+    )
+    parser.add_argument("--max_images", type=int, default=32, help="Images of a request. Default: %(default)s.")
+    parser.add_argument("--device", default="auto", help="Such as cuda:1 or cpu. Default: %(default)s.")
     parser.add_argument("--dtype", default="auto", help="Default: %(default)s, that of the weights.")
     parser.add_argument("--attn_implementation", help="Such as flash_attention_2. Default: transformers'.")
-    parser.add_argument("--quantization", choices=["bnb-4bit", "bnb-8bit"], help="Quantise with bitsandbytes.")
-    parser.add_argument("--enable_cors", action="store_true", help="Let pages of any origin ask.")
     args = vars(parser.parse_args(argv))
     host, port = args.pop("host"), args.pop("port")
-    app = build_app(**args)
-    print(json.dumps({"serving": args["model_name_or_path"], "base_url": f"http://{host}:{port}/v1"}), flush=True)  # noqa: T201
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    args["device_map"] = args.pop("device")
+    app = build_app(**{name: value for name, value in args.items() if value is not None})
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                said = {"serving": args["model_name_or_path"], "base_url": f"http://{host}:{port}/v1"}
+                print(json.dumps(said), flush=True)  # noqa: T201
+
+    Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()

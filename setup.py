@@ -65,6 +65,7 @@ setup(
             "peft>=0.21",
             "playwright>=1.65",
             "pytest>=8.0",
+            "pytest-xdist>=3.8",
             "python-multipart>=0.0.18",
             "rapidfuzz>=3.14",
             "ruff>=0.14",

@@ -1,7 +1,5 @@
 """What vLLM calls as it starts, in each of its processes: entry point group `vllm.general_plugins`."""
 
-import transformers
-
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 
 
@@ -11,4 +9,6 @@ def register() -> None:
     `transformers`; configuration, model and processor come from the Auto classes, which know them once this module is
     imported. May be called more than once.
     """
+    import transformers  # not before the model: importing processors makes transformers a new module
+
     transformers.TokenFlexForConditionalGeneration = TokenFlexForConditionalGeneration

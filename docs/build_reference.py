@@ -11,7 +11,9 @@ from pathlib import Path
 
 NOTE = "<!-- Written by docs/build_reference.py from the docstrings: edit these, then run `make reference`. -->"
 CORE = " ".join(f"{name}_tokenflex" for name in ("configuration", "modeling", "processing", "placeholders", "packing"))
-TRAINING = "collator callback trainer arguments train datasets data sampling optimization lora synthetic tiny"
+TRAINING = (
+    "collator callback trainer publishing arguments train datasets data sampling optimization lora synthetic tiny"
+)
 PAGES = {
     "core": ("tokenflex", f"{CORE} files towers provenance generate"),
     "training": ("tokenflex.training", TRAINING),

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..choosing_tokenflex import smallest_sufficient
-from ..files import save_checkpoint, write_file
+from ..files import PROVENANCE_NAME, save_checkpoint, write_file
 from ..provenance import add_stage, public_names, read_provenance
 from ..training.datasets import SourceArguments, load_rows
 from .metrics import exact_match
@@ -246,13 +246,14 @@ def calibrate_checkpoint(args: argparse.Namespace) -> dict:
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     observations = observe(model, processor, rows, args.batch_size, args.max_new_tokens)
     report = calibrate(model, observations, args.accuracy_loss, args.mean_tokens)
+    known = read_provenance(args.model_name_or_path)
+    provenance = add_stage(known, "calibration", data=public_names(args.dataset))
     if args.output_dir is not None:
-        known = read_provenance(args.model_name_or_path)
-        provenance = add_stage(known, "calibration", data=public_names(args.dataset))
         save_checkpoint(args.output_dir, model, processor, provenance=provenance)
     else:
         config = json.loads((path / "config.json").read_text())
         config["vision_token_chooser"] = model.config.vision_token_chooser
         write_file(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_file(path / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
     write_file(Path(args.output_dir or path) / "calibration.json", json.dumps(report, indent=2) + "\n")
     return report

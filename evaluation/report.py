@@ -80,7 +80,7 @@ def plot_png(report: Mapping, title: str) -> bytes:
     positions = [int(count) for count in counts]
     times = report.get("milliseconds_to_first_token")
     figure = Figure(figsize=(10.5 if times else 7.5, 4.6), dpi=110, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title.replace("$", r"\$"))  # dollars would begin a formula
     axes = figure.subplots(1, 2 if times else 1, squeeze=False, width_ratios=[1.7, 1] if times else None)[0]
     families = list(report["questions"])
     colors = matplotlib.colormaps["tab10"]

@@ -1,6 +1,7 @@
 """The model card: built from a checkpoint, its provenance and its evaluations, never typed in."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import AutoConfig
 
 from ..evaluation.report import markdown_table
-from ..provenance import read_provenance
+from ..provenance import is_hub_id, read_provenance
 from .checkpoint import count_parameters
 
 
@@ -32,21 +33,24 @@ class Evaluation:
     report: dict
 
     @property
+    def datasets(self) -> list[str]:
+        names = self.report.get("dataset") or [self.folder.resolve().name]
+        return [names] if isinstance(names, str) else names
+
+    @property
     def title(self) -> str:
-        names = " + ".join(self.report.get("dataset") or [self.folder.name])
+        names = " ".join(" + ".join(self.datasets).split())
         return f"{names}, {self.report['dataset_split']}" if self.report.get("dataset_split") else names
 
     @property
     def slug(self) -> str:
         """What to call it in file names and metadata."""
-        kept = (letter if letter.isalnum() else "-" for letter in self.title.lower())
-        return "-".join(filter(None, "".join(kept).split("-")))
+        return slugify(f"{self.title} {self.metric}")
 
     @property
     def hub_dataset(self) -> str | None:
         """The data set's id, if it is one on the Hub."""
-        names = self.report.get("dataset") or []
-        return names[0] if len(names) == 1 and _is_hub_id(names[0]) else None
+        return self.datasets[0] if len(self.datasets) == 1 and is_hub_id(self.datasets[0]) else None
 
     @property
     def metric(self) -> str:
@@ -71,8 +75,23 @@ class Evaluation:
         return files | ({self.plot: self.folder / "results.png"} if self.plot else {})
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and ":" not in name
+def slugify(name: str) -> str:
+    """
+    A name in the letters that paths have.
+
+    Args:
+        name (`str`): Any name.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.hub.card import slugify
+
+    >>> slugify("someone/shapes, test")
+    'someone-shapes-test'
+    ```
+    """
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "evaluation"
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -109,6 +128,7 @@ def build_card(
     languages: Sequence[str] = ("en",),
     datasets: Sequence[str] = (),
     base_models: Sequence[str] = (),
+    tags: Sequence[str] = (),
     question: str = "What does the picture show?",
 ) -> ModelCard:
     """
@@ -123,6 +143,7 @@ def build_card(
         languages (`Sequence[str]`, *optional*, defaults to `("en",)`): What it understands.
         datasets (`Sequence[str]`, *optional*): Hub ids of training data, beside those that the provenance names.
         base_models (`Sequence[str]`, *optional*): Hub ids of what it was built from, beside those of the provenance.
+        tags (`Sequence[str]`, *optional*): Further tags.
         question (`str`, *optional*): What the card's example asks.
 
     Returns:
@@ -131,15 +152,15 @@ def build_card(
     config = AutoConfig.from_pretrained(checkpoint)
     provenance = read_provenance(checkpoint)
     bases = list(dict.fromkeys([*provenance["base_models"], *base_models]))
-    used = [name for stage in provenance["stages"] for name in stage.get("data", []) if _is_hub_id(name)]
+    used = [name for stage in provenance["stages"] for name in stage.get("data", []) if is_hub_id(name)]
     # The Hub shows results only of a model that has a name in the metadata.
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["tokenflex", "vision-language-model"],
+        tags=list(dict.fromkeys(["tokenflex", "vision-language-model", *tags])),
         language=list(languages),
         license=licence,
-        base_model=[name for name in bases if _is_hub_id(name)] or None,
+        base_model=[name for name in bases if is_hub_id(name)] or None,
         datasets=list(dict.fromkeys([*used, *datasets])) or None,
         metrics=sorted({evaluation.metric for evaluation in evaluations}) or None,
         model_name=repo_id.split("/")[-1] if evaluations else None,
@@ -164,19 +185,25 @@ def build_card(
         counts=choices,
         question=question,
         licence=licence,
-        base_models=[(name, _licence(name)) for name in bases],
+        base_models=[(name, is_hub_id(name), _licence(name)) for name in bases],
+        untrained=sorted({int(n) for e in evaluations for n in e.scores if n != "auto"} - set(choices)),
         stages=provenance["stages"],
         image_processors=sorted(
-            {e.report["machine"]["image_processor"] for e in evaluations if "image_processor" in e.report["machine"]}
+            {
+                e.report["machine"]["image_processor"]
+                for e in evaluations
+                if "image_processor" in e.report.get("machine", {})
+            }
         ),
         evaluations=[
             {
-                "title": evaluation.title,
+                "title": re.sub(r"([|*_<>\\[\]`])", r"\\\1", evaluation.title),
                 "metric": evaluation.metric,
                 "table": markdown_table(evaluation.report),
                 "plot": evaluation.plot,
                 "file": evaluation.file,
-                "machine": evaluation.report["machine"],
+                "machine": evaluation.report.get("machine"),
+                "interval": evaluation.report.get("interval"),
                 "latency_batch_size": evaluation.report.get("latency_batch_size"),
             }
             for evaluation in evaluations
@@ -206,30 +233,37 @@ def eval_results(evaluation: Evaluation) -> list[EvalResult]:
     ]
 
 
-def eval_results_yaml(evaluation: Evaluation) -> str | None:
+def eval_results_yaml(evaluation: Evaluation, task_id: str) -> dict[str, str]:
     """
-    The evaluation as the Hub's `.eval_results` takes it; `None` if its data is not a data set of the Hub.
+    The evaluation as the Hub's `.eval_results` takes it, for a data set that is a benchmark there.
 
     Args:
         evaluation ([`Evaluation`]): The evaluation.
+        task_id (`str`): The task's name in the benchmark's `eval.yaml`.
+
+    Returns:
+        `dict[str, str]`: The YAML of each count, by its path in the repository.
+
+    Raises:
+        ValueError: If the evaluation's data is not a data set of the Hub.
     """
     if evaluation.hub_dataset is None:
-        return None
-    entries = [
-        EvalResultEntry(
-            dataset_id=evaluation.hub_dataset,
-            task_id=evaluation.report.get("dataset_split") or "default",
-            value=score,
-            notes=f"{evaluation.metric}, num_vision_tokens={count}",
+        raise ValueError(
+            f"`eval_task_id`={task_id!r}: {evaluation.title} is not one data set of the Hub, and no benchmark there. Leave it "
+            "out, or evaluate on the benchmark's id."
         )
-        for count, score in evaluation.scores.items()
-    ]
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    files = {}
+    for count, score in evaluation.scores.items():
+        notes = f"{evaluation.metric}, num_vision_tokens={count}"
+        entry = EvalResultEntry(dataset_id=evaluation.hub_dataset, task_id=task_id, value=score, notes=notes)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        files[f".eval_results/{evaluation.slug}-{count}.yaml"] = text
+    return files
 
 
 def _licence(model_id: str) -> str | None:
     """What the model's own card says, if it can be read."""
-    if not _is_hub_id(model_id):
+    if not is_hub_id(model_id):
         return None
     try:
         return ModelCard.load(model_id).data.license

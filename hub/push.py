@@ -1,10 +1,11 @@
 """`tokenflex push`: publishes a checkpoint with code, card, plots and scores, in one commit."""
 
+import re
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..files import replace_directory, write_file
@@ -13,7 +14,11 @@ from .checkpoint import checkpoint_files
 
 
 def collect_files(
-    checkpoint: str | Path, repo_id: str, evaluations: Sequence[str | Path] = (), **card_options
+    checkpoint: str | Path,
+    repo_id: str,
+    evaluations: Sequence[str | Path] = (),
+    eval_task_id: str | None = None,
+    **card_options,
 ) -> dict[str, bytes | Path]:
     """
     Everything that is published, by its path in the repository.
@@ -22,6 +27,9 @@ def collect_files(
         checkpoint (`str` or `Path`): The checkpoint's folder.
         repo_id (`str`): Where it goes.
         evaluations (`Sequence[str | Path]`, *optional*): Folders that `tokenflex eval` wrote.
+        eval_task_id (`str`, *optional*):
+            If the evaluations are of a benchmark on the Hub, its task in the benchmark's `eval.yaml`: results are then
+            written to `.eval_results` as well, from where the Hub shows them on the benchmark's leaderboard.
         card_options: As for [`build_card`].
 
     Returns:
@@ -37,8 +45,8 @@ def collect_files(
         raise ValueError(f"`evaluation` names the same data twice: {', '.join(titles)}. Give one evaluation of each.")
     for evaluation in read:
         files |= evaluation.files()
-        entries = eval_results_yaml(evaluation)
-        files |= {f".eval_results/{evaluation.slug}.yaml": entries.encode()} if entries else {}
+        if eval_task_id is not None:
+            files |= {name: text.encode() for name, text in eval_results_yaml(evaluation, eval_task_id).items()}
     files["README.md"] = str(build_card(checkpoint, repo_id, read, **card_options)).encode()
     return files
 
@@ -50,11 +58,12 @@ def push_checkpoint(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Publish the checkpoint",
-    **card_options,
+    token: str | None = None,
+    **options,
 ) -> str:
     """
-    Publishes a checkpoint. The commit is one: either all of it is there afterwards or nothing is changed. Weights and
-    evaluations of an earlier push that are not part of this one are removed.
+    Publishes a checkpoint. The commit is one: either all of it is there afterwards or nothing is changed. Weights, adapters
+    and evaluations of an earlier push that are not part of this one are removed, and the model card is replaced.
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
@@ -63,30 +72,36 @@ def push_checkpoint(
         private (`bool`, *optional*): Whether a new repository is private. Defaults to the account's setting.
         revision (`str`, *optional*): The branch. Defaults to `"main"`.
         commit_message (`str`, *optional*): The commit's.
-        card_options: As for [`build_card`].
+        token (`str`, *optional*): Defaults to that of the login, or `HF_TOKEN`.
+        options: `eval_task_id` and those of the card, as for [`collect_files`].
 
     Returns:
         `str`: The commit's URL.
 
     Raises:
-        ValueError: If nobody is logged in, the account may not write there, or the checkpoint is not whole.
-        ConnectionError: If the upload broke off. The message says what is on the Hub.
+        ValueError: If nobody is logged in, the account may not write there, the checkpoint is not whole, the card's metadata
+            are not the Hub's, or somebody else has committed meanwhile.
+        ConnectionError: If the Hub cannot be reached, or the upload broke off. The message says what is on the Hub.
     """
     checkpoint_files(checkpoint)
-    if get_token() is None:
+    if token is None and get_token() is None:
         raise ValueError("Nobody is logged in: run `hf auth login`, or set HF_TOKEN to a token that may write.")
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        files = collect_files(checkpoint, repo_id, evaluations, **card_options)
+        files = collect_files(checkpoint, repo_id, evaluations, **options)
+        ModelCard(files["README.md"].decode()).validate()
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=revision)
     except HfHubHTTPError as error:
         raise _refusal(repo_id, error) from None
-    there = [file.rfilename for file in before.siblings or []]
-    stale = [name for name in there if name not in files and _is_ours(name)]
+    except ValueError:
+        raise
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        raise ConnectionError(f"The Hub cannot be reached ({error}). Nothing was published.") from error
+    stale = [name for name in _stale(file.rfilename for file in before.siblings or []) if name not in files]
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in stale]
     try:
@@ -95,18 +110,27 @@ def push_checkpoint(
             repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=before.sha
         )
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403, 404):
+        if error.response is not None and error.response.status_code in (400, 401, 403, 404, 412):
             raise _refusal(repo_id, error) from None
-        raise _broken_off(api, repo_id, revision, before.sha, error) from error
+        raise _broken_off(api, repo_id, revision, before.sha, files["README.md"], error) from error
     except Exception as error:
-        raise _broken_off(api, repo_id, revision, before.sha, error) from error
+        raise _broken_off(api, repo_id, revision, before.sha, files["README.md"], error) from error
     return commit.commit_url
 
 
-def _is_ours(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith(
-        ("evaluation/", ".eval_results/")
-    )
+# What a model is loaded from, wherever it came from: left over, it would be taken for part of this one.
+LOADED = r"(model|pytorch_model|adapter_model)[\w-]*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+
+
+def _stale(there: Iterable[str]) -> list[str]:
+    """Of the files that are there: weights, and evaluations that this command published."""
+    there = list(there)
+    slugs = [match[1] for name in there if (match := re.fullmatch(r"evaluation/([^/]+)/results\.json", name))]
+    ours = [
+        rf"evaluation/{re.escape(slug)}/results\.(json|png)|\.eval_results/{re.escape(slug)}-\w+\.yaml"
+        for slug in slugs
+    ]
+    return [name for name in there if re.fullmatch("|".join([LOADED, *ours]), name)]
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> Exception:
@@ -120,24 +144,26 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> Exception:
             f"`repo_id`={repo_id!r}: this account may not write there. Take one of your own namespaces (`hf auth whoami` "
             "names them), or a token with write access."
         )
+    if status == 412:
+        return ValueError(
+            f"Nothing was published: somebody has committed to {repo_id} meanwhile. Look at it, then give the command again."
+        )
     if status == 400:
         return ValueError(f"`repo_id`={repo_id!r}: {error.server_message or error}")
     return ConnectionError(f"The Hub did not take the upload ({error}). Nothing was published.")
 
 
 def _broken_off(
-    api: HfApi, repo_id: str, revision: str | None, before: str | None, error: Exception
+    api: HfApi, repo_id: str, revision: str | None, before: str | None, card: bytes, error: Exception
 ) -> ConnectionError:
     try:
         now = api.model_info(repo_id, revision=revision).sha
+        arrived = now != before and Path(api.hf_hub_download(repo_id, "README.md", revision=now)).read_bytes() == card
     except Exception:
         there = f"Whether it was published could not be found out; if it was, {repo_id} shows a new commit"
     else:
-        there = (
-            f"Nothing was published: {repo_id} is as it was"
-            if now == before
-            else f"It was published all the same, as commit {now}"
-        )
+        published = f"It was published all the same, as commit {now}"
+        there = published if arrived else f"Nothing was published: the files of {repo_id} are as they were"
     return ConnectionError(f"The upload broke off ({error}). {there}. The same command may be given again.")
 
 
@@ -161,10 +187,15 @@ def main(argv: list[str] | None = None) -> None:
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--evaluation", nargs="+", help="Folders that `tokenflex eval` wrote, for scores and costs.")
     scores.add_argument("--without_evaluation", action="store_true", help="Publish without scores.")
+    parser.add_argument(
+        "--eval_task_id",
+        help="If the evaluations are of a benchmark on the Hub, its task there: results go to .eval_results as well.",
+    )
     parser.add_argument("--license", dest="licence", help="The checkpoint's licence, such as apache-2.0.")
     parser.add_argument("--language", nargs="+", default=["en"], help="What it understands. Default: %(default)s.")
     parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of training data.")
     parser.add_argument("--base_model", nargs="+", default=[], help="Hub ids of what it was built from.")
+    parser.add_argument("--tags", nargs="+", default=[], help="Further tags.")
     parser.add_argument("--question", default="What does the picture show?", help="What the card's example asks.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--revision", help="The branch. Default: main.")
@@ -177,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         "datasets": args.datasets,
         "base_models": args.base_model,
         "question": args.question,
+        "tags": args.tags,
+        "eval_task_id": args.eval_task_id,
     }
     evaluations = args.evaluation or []
     if args.output_dir:

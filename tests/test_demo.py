@@ -216,7 +216,8 @@ def test_one_question_is_answered_at_a_time_and_nothing_is_reported(tiny):
     assert not page.analytics_enabled
 
 
-def test_one_press_shows_count_by_count_from_one_run_of_the_tower(tiny, image, tmp_path):
+def test_one_press_shows_count_by_count_from_one_run_of_the_tower(tiny, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     image.save(tmp_path / "image.png")
     runs = []
     hook = tiny[0].model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -229,11 +230,22 @@ def test_one_press_shows_count_by_count_from_one_run_of_the_tower(tiny, image, t
 @pytest.mark.parametrize(
     ("question", "side", "message"), [("", 4, "Type"), (QUESTION, 9, "from .*1, 1"), (QUESTION, 0, "from .*1, 1")]
 )
-def test_bad_input_becomes_a_message_on_the_page(tiny, image, tmp_path, question, side, message):
+def test_bad_input_becomes_a_message_on_the_page(tiny, image, tmp_path, monkeypatch, question, side, message):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     image.save(tmp_path / "image.png")
     with pytest.raises(gr.Error) as refused:
         list(responder(tiny)[1].fn({"path": str(tmp_path / "image.png")}, question, side))
     assert re.search(message, refused.value.message)
+
+
+def test_the_machines_other_files_are_not_shown(tiny, image, tmp_path, monkeypatch):
+    """A request made by hand may name any path."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    image.save(tmp_path / "private.png")
+    for path in (tmp_path / "private.png", tmp_path / "uploads" / ".." / "private.png"):
+        with pytest.raises(gr.Error) as refused:
+            list(responder(tiny)[1].fn({"path": str(path)}, QUESTION, 4))
+        assert "Choose an image first" in refused.value.message
 
 
 @pytest.fixture

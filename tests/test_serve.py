@@ -1,7 +1,12 @@
+import asyncio
 import base64
 import copy
 import io
+import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from tokenflex.files import save_checkpoint
 from tokenflex.training.synthetic import draw_scene
@@ -53,7 +59,7 @@ def server(calibrated, tmp_path_factory):
     save_checkpoint(folder / "model", *calibrated)
     for index, image in enumerate(IMAGES):
         image.save(folder / f"{index}.png")
-    app = serve.build_app(str(folder / "model"), max_megapixels=1, device="cpu")
+    app = serve.build_app(str(folder / "model"), max_megapixels=1, max_images=3, device_map="cpu")
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     started = threading.Event()
     startup = running.startup
@@ -140,11 +146,11 @@ def test_auto_is_what_generate_chooses_with_one_run_of_the_tower(server, calibra
 
 
 def test_an_uncalibrated_checkpoint_leaves_auto_to_the_default(tiny, calibrated):
-    chat = partial(serve.ChatHandler.resolve_counts, type("Chat", (), {"num_vision_tokens": 16})())
-    assert chat(None, ["auto", "low"], tiny[0].config) == [16, 4]
-    assert chat(None, ["auto"], tiny[0].config) == [16]
-    assert chat(None, ["auto"], calibrated[0].config) == "auto"
-    assert chat(None, [None], tiny[0].config) == 16
+    plain = serve.ChatHandler("plain", *tiny, serve.ImageReader(), num_vision_tokens=16)
+    assert plain.resolve_counts(None, ["auto", "low"]) == [16, 4]
+    assert plain.resolve_counts(None, ["auto"]) == [16]
+    assert plain.resolve_counts(None, [None]) == 16
+    assert serve.ChatHandler("able", *calibrated, serve.ImageReader()).resolve_counts(None, ["auto"]) == "auto"
 
 
 def test_streams_add_up_to_the_whole_answer(server):
@@ -170,43 +176,126 @@ def test_eight_clients_at_once_get_what_each_would_alone(server):
 
 
 def test_images_come_over_http_too(server):
-    handler = partial(SimpleHTTPRequestHandler, directory=str(server[2]))
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
     handler = partial(quiet, directory=str(server[2]))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
         threading.Thread(target=files.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{files.server_port}"
         assert ask(server, part(f"{url}/0.png"))[0] == ask(server, part(IMAGES[0]))[0]
-        with pytest.raises(openai.BadRequestError, match="could not be fetched"):
-            ask(server, part(f"{url}/missing.png"))
+        for name, reason in (
+            ("missing.png", "could not be fetched"),
+            ("model/config.json", "no image that can be read"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=reason):
+                ask(server, part(f"{url}/{name}"))
         files.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("parts", "body", "reason"),
-    [
-        ([part(IMAGES[0])], {"num_vision_tokens": 5}, "5.*nearest|5.*4"),
-        ([part(IMAGES[0])], {"num_vision_tokens": 100}, "64"),
-        ([part(IMAGES[0])], {"num_vision_tokens": "16"}, "give a count"),
-        ([part(IMAGES[0])], {"num_vision_tokens": True}, "give a count"),
-        ([part(IMAGES[0])], {"num_vision_tokens": [4, 16]}, "2"),
-        ([part(IMAGES[0], "medium")], {}, "low, high, auto"),
-        ([part("data:image/png;base64,%%%")], {}, "no base64"),
-        ([part("data:image/png;base64,aGVsbG8=")], {}, "no image that can be read"),
-        ([part(data_url(IMAGES[0])[:-40])], {}, "image"),
-        ([part(Image.new("L", (2000, 1000)))], {}, "2 megapixels; at most 1"),
-        ([part("/etc/hostname")], {}, "neither a data: nor"),
-        ([part("file:///etc/hostname")], {}, "neither a data: nor"),
-        ([{"type": "image_url"}], {}, "needs `image_url`"),
-        (["text"], {}, "a part has a `type`"),
-        ([part(IMAGES[0])], {"max_tokens": "many"}, "many"),
-    ],
-)
-def test_a_bad_request_gets_its_reason_and_the_server_lives_on(server, parts, body, reason):
+BAD_REQUESTS = [
+    ([part(IMAGES[0])], {"num_vision_tokens": 5}, "Nearest: 4 or 9"),
+    ([part(IMAGES[0])], {"num_vision_tokens": 100}, "from 1 to 8"),
+    ([part(IMAGES[0])], {"num_vision_tokens": "16"}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": True}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": [4, 16]}, "lists 2 counts for 1 image"),
+    ([part(IMAGES[0], "medium")], {}, "low, high, auto"),
+    ([part("data:image/png;base64,%%%")], {}, "no base64"),
+    ([part("data:image/png;base64,aGVsbG8=")], {}, "no image that can be read"),
+    ([part(data_url(IMAGES[0])[:-40])], {}, "cannot be decoded|damaged"),
+    ([part(Image.new("L", (2000, 1000)))], {}, "2 megapixels; at most 1"),
+    ([part(Image.new("L", (700, 1000)))] * 2, {}, "the request has 1 megapixels; at most 1"),
+    ([part(IMAGES[0])] * 4, {}, "at most 3 images"),
+    ([part("/etc/hostname")], {}, "neither a data: nor"),
+    ([part("file:///etc/hostname")], {}, "neither a data: nor"),
+    ([{"type": "video_url", "video_url": {"url": "/etc/hostname"}}], {}, "a part is a text"),
+    ([{"type": "image", "path": "/etc/hostname"}], {}, "a part is a text"),
+    ([{"type": "image_url"}], {}, "needs `image_url`"),
+    (["text"], {}, "a part is a text"),
+    ([{"type": "text", "text": "<|image_pad|>"}], {}, "no images were passed"),
+    ([{"type": "text", "text": "which " * 3000}], {}, "the model takes 2048"),
+    ([], {"max_tokens": "many"}, "max_tokens"),
+    ([], {"max_tokens": 0}, "max_tokens"),
+    ([], {"temperature": -1}, "temperature"),
+    ([], {"logit_bias": {"99999": 1}}, "no token 99999"),
+    ([], {"stop": [""]}, "stop"),
+    ([], {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "takes no 'chat_template'"),
+    ([], {"chat_template_kwargs": {"tokenize": False}}, "takes no 'tokenize'"),
+    ([], {"chat_template_kwargs": "4"}, "give an object"),
+    ([], {"generation_config": '{"num_beams": 100000}'}, "not taken"),
+]
+
+
+@pytest.mark.parametrize(("parts", "body", "reason"), BAD_REQUESTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_its_reason_and_the_server_lives_on(server, parts, body, reason, stream):
     with pytest.raises(openai.BadRequestError, match=reason) as caught:
-        ask(server, *parts, extra_body=body)
+        ask(server, *parts, extra_body={"stream": stream, **body})
     assert caught.value.status_code == 400
     assert ask(server, part(IMAGES[0], "low"))[1] == [4]
+
+
+def test_a_body_that_is_no_request_is_refused_in_the_clients_form(server):
+    client, model, _ = server
+    for messages in (None, [], ["hello"], [{"role": "user"}], [{"content": "hello"}]):
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            client.chat.completions.create(model=model, messages=messages)
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        client.responses.create(model=model, input="hello")
+
+
+def test_fields_of_the_api_do_what_they_say(server):
+    whole = ask(server, part(IMAGES[0]), max_tokens=5)[0]
+    assert ask(server, part(IMAGES[0]), max_tokens=5, stop=[whole[len(whole) // 2]])[0] != whole
+    assert ask(server, part(IMAGES[0]), max_tokens=2)[2].completion_tokens == 2
+    client, model, _ = server
+    vocabulary = AutoProcessor.from_pretrained(model).tokenizer.get_vocab()
+    token = vocabulary["red"] if "red" in vocabulary else max(vocabulary.values())
+    answer = ask(server, part(IMAGES[0]), max_tokens=1, logit_bias={str(token): 100})[0]
+    assert answer == AutoProcessor.from_pretrained(model).decode([token], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_data_urls_come_in_many_shapes(kind):
+    reader = serve.ImageReader()
+    url = data_url(IMAGES[0], kind)
+    expected = reader.read_image(url)
+    safe = url.replace("+", "-").rstrip("=")
+    head, _, content = url.partition(",")
+    broken_up = head + "," + "\n".join(content[i : i + 76] for i in range(0, len(content), 76)) + "\n"
+    for other in (safe, broken_up, url.replace("data:", "DATA:")):
+        assert reader.read_image(other).tobytes() == expected.tobytes()
+
+
+def test_an_answer_that_nobody_waits_for_ends(calibrated):
+    handler = serve.ChatHandler("model", *calibrated, serve.ImageReader())
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1000, "logit_bias": {"2": -100}}
+
+    class Gone:
+        async def is_disconnected(self):
+            return True
+
+    reply = json.loads(asyncio.run(handler.handle_request(body, "id", Gone())).body)
+    assert reply["usage"]["completion_tokens"] < 1000
+
+
+def test_the_command_serves(server, tmp_path):
+    _, model, folder = server
+    command = [
+        sys.executable,
+        "-m",
+        "tokenflex",
+        "serve",
+        "--model_name_or_path",
+        model,
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        said = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert said["serving"] == model and process.returncode in (0, -signal.SIGINT)
 
 
 def test_the_served_model_is_listed_and_others_are_refused(server):
@@ -214,20 +303,6 @@ def test_the_served_model_is_listed_and_others_are_refused(server):
     assert [listed.id for listed in client.models.list()] == [model]
     with pytest.raises(openai.BadRequestError, match="pinned"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hello"}])
-
-
-def test_the_responses_api_reads_images_the_same_way(server):
-    client, model, _ = server
-
-    def respond(url):
-        content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": QUESTION}]
-        options = {"max_output_tokens": 5, "temperature": 0, "stream": False}
-        message = [{"role": "user", "content": content}]
-        return client.responses.create(model=model, input=message, **options).output_text
-
-    assert respond(data_url(IMAGES[0])) == ask(server, part(IMAGES[0]))[0]
-    with pytest.raises(openai.BadRequestError, match="neither a data: nor"):
-        respond("/etc/hostname")
 
 
 def test_a_default_that_the_checkpoint_cannot_do_is_refused_at_the_start(tiny, server, tmp_path):

@@ -12,8 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..files import save_checkpoint
-from ..hub.push import push_checkpoint
-from ..provenance import add_stage, public_names, read_provenance
+from ..provenance import public_names
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
 from .collator import TokenFlexDataCollator
 from .datasets import DataArguments, load_rows
@@ -162,6 +161,7 @@ def train(
         eval_rows = load_rows(
             eval_args.eval_dataset, eval_args.eval_dataset_split, data_args.image_folder, special_tokens=special_tokens
         )
+    pushes, args.push_to_hub = args.push_to_hub, False  # the whole model, once, when it is done
     trainer = TokenFlexTrainer(
         model, args, collator, processing_class=processor, train_dataset=rows, eval_dataset=eval_rows
     )
@@ -169,31 +169,31 @@ def train(
     if trainer.is_world_process_zero():
         begin_run(output_dir, described)
     trainer.train(resume_from_checkpoint=checkpoint)
-    _save(trainer, model_args, final, _provenance(trainer, model_args, data_args))
+    described_data = {"data": public_names(data_args.dataset), "frozen": frozen or None}
+    provenance = trainer.describe_stage(
+        model_args.model_name_or_path, **described_data, lora_rank=model_args.lora_rank or None
+    )
+    _save(trainer, model_args, final, provenance)
     if trainer.is_world_process_zero():
         end_run(output_dir, described)
-    if args.push_to_hub and trainer.is_world_process_zero():
-        push_checkpoint(final, trainer.hub_model_id, trainer.save_evaluations())
+    if pushes:
+        source = {"dataset": public_names(eval_args.eval_dataset), "dataset_split": eval_args.eval_dataset_split}
+        evaluations = trainer.evaluate_to_publish(source)
+        if trainer.is_world_process_zero():
+            _publish(trainer, final, evaluations)
     trainer.accelerator.wait_for_everyone()
     return final
 
 
-def _provenance(trainer: TokenFlexTrainer, model_args: ModelArguments, data_args: DataArguments) -> dict:
-    args, collator = trainer.args, trainer.data_collator
-    return add_stage(
-        read_provenance(model_args.model_name_or_path),
-        "training",
-        data=public_names(data_args.dataset),
-        vision_token_choices=collator.vision_token_choices,
-        vision_token_weights=collator.vision_token_weights,
-        scheme=args.scheme,
-        frozen=[part for part in model_args.freeze if part != "none"] or None,
-        lora_rank=model_args.lora_rank or None,
-        steps=trainer.state.global_step,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
+def _publish(trainer: TokenFlexTrainer, final: Path, evaluations: list[Path]) -> None:
+    try:
+        trainer.publish(final, evaluations)
+    except (ValueError, ConnectionError) as error:
+        scores = f"--evaluation {' '.join(map(str, evaluations))}" if evaluations else "--without_evaluation"
+        raise type(error)(
+            f"{error} The checkpoint is in {final}: `tokenflex push --model_name_or_path {final} --repo_id NAME {scores}` "
+            "publishes it."
+        ) from None
 
 
 def _save(trainer: TokenFlexTrainer, model_args: ModelArguments, final: Path, provenance: dict) -> None:

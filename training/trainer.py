@@ -1,6 +1,5 @@
 """The Trainer with what flexible token counts add: their figures, their scores, and checkpoints that are whole or not there."""
 
-import json
 import os
 import shutil
 import time
@@ -14,15 +13,12 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ..evaluation.cost import describe_machine
-from ..evaluation.report import save_report
 from ..evaluation.sweep import predict, score
-from ..files import write_file
-from ..hub.card import Evaluation, build_card, read_evaluation
 from .arguments import TokenFlexTrainingArguments
 from .collator import TokenFlexDataCollator
 from .liger import register_liger
 from .optimization import MuonAdamW
+from .publishing import PublishingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -42,11 +38,12 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(figures, skipped_rows=logs.get("skipped_rows", 0))
 
 
-class TokenFlexTrainer(Trainer):
+class TokenFlexTrainer(PublishingMixin, Trainer):
     """
     `transformers.Trainer` with the collator and its callback wired in, and on top of it: throughput and the drawn count
-    in every log, evaluation at every count, a learning rate for each part of the model, and checkpoints that are
-    written under another name and then renamed, so that a killed run never leaves half of one.
+    in every log, evaluation at every count, a learning rate for each part of the model, checkpoints that are written under
+    another name and then renamed, so that a killed run never leaves half of one, and publishing with a card of what was
+    measured.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`] or a PEFT model of one): The model.
@@ -107,7 +104,6 @@ class TokenFlexTrainer(Trainer):
             )
         if isinstance(kwargs.get("eval_dataset"), IterableDataset):
             raise ValueError("`eval_dataset` is an iterable data set, which has no length: load it without streaming.")
-        self._reports = {}
         self.vision_tokens = data_collator.callback
         if args.use_liger_kernel:
             if data_collator.scheme in ("nested", "distill"):
@@ -229,9 +225,7 @@ class TokenFlexTrainer(Trainer):
         )
         if len(share) < len(rows):
             predictions = gather_object(predictions)
-        report = {"metric": "exact_match", **score(predictions, counts)}
-        self._reports[metric_key_prefix.removeprefix("eval").lstrip("_") or "evaluation"] = report
-        accuracy = report["overall"]
+        accuracy = score(predictions, counts)["overall"]
         metrics = {f"{metric_key_prefix}_{count}_accuracy": accuracy[count] for count in counts}
         metrics[f"{metric_key_prefix}_accuracy"] = sum(accuracy.values()) / len(accuracy)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
@@ -239,64 +233,6 @@ class TokenFlexTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._paused += time.perf_counter() - start
         return metrics
-
-    def create_model_card(
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        **kwargs,
-    ) -> None:
-        """
-        Writes the model card that [`~Trainer.push_to_hub`] uploads: [`build_card`]'s, with the scores of the last evaluation
-        at every count.
-
-        Args:
-            language (`str` or `list[str]`, *optional*, defaults to `"en"`): What the model understands.
-            license (`str`, *optional*): The checkpoint's licence.
-            tags (`str` or `list[str]`, *optional*): Further tags.
-            model_name (`str`, *optional*): The repository's name, if it has none yet.
-            finetuned_from (`str` or `list[str]`, *optional*): Hub ids of what the model was built from.
-            dataset (`str` or `list[str]`, *optional*): Hub ids of the training data.
-            kwargs: What else transformers' own card says, which is written of adapters alone.
-        """
-        folder = Path(self.args.output_dir)
-        if not self.is_world_process_zero():
-            return
-        if not (folder / "config.json").is_file():  # adapters alone have a card of PEFT's
-            said = {"language": language, "license": license, "tags": tags, "model_name": model_name}
-            super().create_model_card(**said, finetuned_from=finetuned_from, dataset=dataset, **kwargs)
-            return
-        card = build_card(
-            folder,
-            self.hub_model_id or model_name or folder.name,
-            [read_evaluation(evaluation) for evaluation in self.save_evaluations()],
-            licence=license,
-            languages=_as_list(language) or ["en"],
-            datasets=_as_list(dataset),
-            base_models=_as_list(finetuned_from),
-        )
-        card.data.tags += [tag for tag in _as_list(tags) if tag not in card.data.tags]
-        write_file(folder / "README.md", str(card))
-
-    def save_evaluations(self) -> list[Path]:
-        """
-        Writes the last evaluation of each set as `tokenflex eval` does: table, plot and JSON.
-
-        Returns:
-            `list[Path]`: A folder for each.
-        """
-        folders = []
-        machine = describe_machine(self.accelerator.unwrap_model(self.model), self.processing_class)
-        for name, report in self._reports.items():
-            report = json.loads(json.dumps({**report, "dataset": [name], "machine": machine}))
-            folder = Path(self.args.output_dir) / "evaluation" / Evaluation(Path(), report).slug
-            save_report(folder, report, [], f"{name}, step {self.state.global_step}")
-            folders.append(folder)
-        return folders
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -343,10 +279,6 @@ class TokenFlexTrainer(Trainer):
                 os.rename(checkpoint, run / INCOMPLETE / Path(checkpoint).name)
             shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
         self._paused += time.perf_counter() - start
-
-
-def _as_list(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _replace(source: Path, target: Path) -> None:

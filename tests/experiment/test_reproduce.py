@@ -147,7 +147,7 @@ def test_runs_end_with_the_experiment(number, tmp_path):
                 raise AssertionError(f"it ended by itself: {parent.wait(timeout=0.2)}")
             children = psutil.Process(parent.pid).children(recursive=True)
         parent.send_signal(number)
-        assert parent.wait(timeout=60) != 0
-        assert not psutil.wait_procs(children, timeout=60)[1]
+        assert parent.wait(timeout=300) != 0
+        assert not psutil.wait_procs(children, timeout=300)[1]
     finally:
         parent.kill()

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ class Hub:
     """
     What the server knows. `commits[repo]` holds (sha, files by path), oldest first; `private` the names of private
     repositories; `breaks`, also set by a POST to `/breaks/<what>`, what goes wrong: `"upload"` drops the connection while a weight file is uploaded, `"commit"`
-    instead of committing, `"answer"` after it has committed.
+    instead of committing, `"race"` lets somebody else commit first, `"answer"` after it has committed.
     """
 
     def __init__(self):
@@ -156,7 +157,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         content = self.body()
-        if path == ["api", "validate-yaml"]:
+        if path[4:5] == ["branch"]:
+            self.answer()
+        elif path == ["api", "validate-yaml"]:
             self.validate(json.loads(content)["content"])
         elif path[:1] == ["breaks"]:
             self.hub.breaks = path[1]
@@ -170,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(409, {"error": "You already created this model repo", "url": f"{self.origin}/{repo}"})
                 return
             self.hub.commit(repo, {".gitattributes": b""})
-            if asked.get("private"):
+            if asked.get("private") or asked.get("visibility") == "private":
                 self.hub.private.add(repo)
             self.answer(200, {"url": f"{self.origin}/{repo}", "name": repo, "id": repo})
         elif path[-1] == "verify":
@@ -201,6 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.breaks == "commit":
             self.break_off()
             return
+        if self.hub.breaks == "race":
+            self.hub.commit(repo, {**self.hub.head(repo)[1], "notes.md": b"somebody else's"})
         sha, files = self.hub.head(repo)
         files, parent = dict(files), None
         for line in lines:
@@ -228,6 +233,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.validated.append(card)
         try:
             data = yaml.safe_load(card.split("---\n")[1])
+            assert re.fullmatch(r"[a-z0-9.-]+", data.get("license", "mit")), "license"
             assert isinstance(data["tags"], list) and all(isinstance(tag, str) for tag in data["tags"])
             for model in data.get("model-index", []):
                 assert isinstance(model["name"], str)

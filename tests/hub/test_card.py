@@ -61,6 +61,7 @@ def test_the_card_says_how_the_checkpoint_was_made(published):
     assert (
         "1. **training**: data vikhyatk/lnqa, mine.parquet; steps 7; vision token weights 0.2, 0.3, 0.5" in card.text
     )
+    assert "- towers, a model that is not on the Hub" in card.text and "huggingface.co/towers" not in card.text
     assert "Not evaluated." in card.text and "measured" not in card.text.split("## Limits")[0]
     assert "{{" not in str(card) and "{%" not in str(card)
 
@@ -68,24 +69,27 @@ def test_the_card_says_how_the_checkpoint_was_made(published):
 def test_code_in_the_card_runs(published, tmp_path, monkeypatch):
     SyntheticVQA(1, 5)[0]["image"].save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    card = build_card(published / "checkpoint", str(published / "checkpoint"), question="which color is the paper?")
+    card = build_card(
+        published / "checkpoint", str(published / "checkpoint"), question="which \"color\" is\nthe 'paper'?"
+    )
     blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert len(blocks) == 3
     exec(blocks[0] + blocks[2], {})
 
 
 def test_results_go_where_the_hub_looks_for_them(published):
-    files = collect_files(published / "checkpoint", "me/tiny", [published / "eval"])
+    files = collect_files(published / "checkpoint", "me/tiny", [published / "eval"], eval_task_id="shapes")
     assert {"README.md", "config.json", "model.safetensors", "modeling_tokenflex.py", "provenance.json"} <= set(files)
-    assert "evaluation/someone-shapes-test/results.png" in files
-    entries = yaml.safe_load(files[".eval_results/someone-shapes-test.yaml"])
-    report = json.loads((published / "eval/results.json").read_text())
-    assert [entry["value"] for entry in entries] == list(report["mean"].values())
-    assert entries[0]["dataset"]["id"] == "someone/shapes"
-    assert "num_vision_tokens=4" in entries[0]["notes"]
+    assert "evaluation/someone-shapes-test-exact_match/results.png" in files
+    for count, mean in json.loads((published / "eval/results.json").read_text())["mean"].items():
+        [entry] = yaml.safe_load(files[f".eval_results/someone-shapes-test-exact_match-{count}.yaml"])
+        assert entry["dataset"] == {"id": "someone/shapes", "task_id": "shapes"} and entry["value"] == mean
+        assert entry["notes"] == f"exact_match, num_vision_tokens={count}"
     local = read_evaluation(published / "eval")
     local.report["dataset"] = ["test.parquet"]
-    assert eval_results_yaml(local) is None, "no data set of the Hub"
+    with pytest.raises(ValueError, match="not one data set of the Hub"):
+        eval_results_yaml(local, "shapes")
+    assert not [name for name in collect_files(published / "checkpoint", "me/tiny") if name.startswith(".eval")]
 
 
 def test_what_training_left_beside_a_checkpoint_is_not_published(tiny, tmp_path):
@@ -110,3 +114,21 @@ def test_what_is_not_whole_is_refused(tiny, published, tmp_path):
         collect_files(published / "checkpoint", "me/tiny", [tmp_path])
     with pytest.raises(ValueError, match="the same data twice"):
         collect_files(published / "checkpoint", "me/tiny", [published / "eval"] * 2)
+
+
+def test_reports_of_other_shapes_and_names_make_a_card(published, tmp_path):
+    report = json.loads((published / "eval/results.json").read_text())
+    del report["machine"], report["interval"]
+    report |= {"dataset": "what | is\n*this* $x$?", "metric": "anls"}
+    report["mean"]["9"], report["accuracy"]["9"] = report["mean"]["4"], report["accuracy"]["4"]
+    for name in [name for name in report if name.startswith(("milliseconds", "tokens_per", "peak"))]:
+        del report[name]
+    save_report(tmp_path / "eval", report, [], report["dataset"])
+    evaluation = read_evaluation(tmp_path / "eval")
+    assert evaluation.slug == "what-is-this-x-test-anls"
+    text = build_card(published / "checkpoint", "me/tiny", [evaluation]).text
+    assert "### what \\| is \\*this\\* $x$?, test" in text
+    assert "bootstrap" not in text and "Of these, 9 is measured above" in text
+    nameless = read_evaluation(tmp_path / "eval")
+    nameless.report |= {"dataset": ["???"], "dataset_split": None, "metric": "?"}
+    assert nameless.file == "evaluation/evaluation/results.json"

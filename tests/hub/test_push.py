@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.evaluation import evaluate, save_report
 from tokenflex.files import save_checkpoint
+from tokenflex.training.arguments import TokenFlexTrainingArguments
+from tokenflex.training.datasets import load_rows
 from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.trainer import TokenFlexTrainer
 
 
 spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
@@ -53,24 +57,30 @@ for token, breaks in json.loads(sys.argv[2]):
 
 CLASSES = """
 import sys
-from transformers import Trainer, TrainingArguments
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.training.train import main
 from tokenflex.training.trainer import TokenFlexTrainer
-model = TokenFlexForConditionalGeneration.from_pretrained(sys.argv[1])
-processor = TokenFlexProcessor.from_pretrained(sys.argv[1])
+checkpoint, folder, token = sys.argv[1:]
+model = TokenFlexForConditionalGeneration.from_pretrained(checkpoint)
+processor = TokenFlexProcessor.from_pretrained(checkpoint)
 model.push_to_hub("alice/parts")
 processor.push_to_hub("alice/parts")
 model.config.push_to_hub("alice/config")
-options = {"output_dir": sys.argv[2], "max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none",
-           "disable_tqdm": True, "push_to_hub": True, "hub_model_id": "alice/trained"}
-args = TokenFlexTrainingArguments(**options)
+options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True,
+           "learning_rate": 0.01, "save_steps": 1, "save_strategy": "steps", "dataloader_num_workers": 0,
+           "hub_token": token, "push_to_hub": True}
 rows = SyntheticVQA(4, 5)
+args = TokenFlexTrainingArguments(folder + "/script", hub_model_id="alice/script", **options)
 trainer = TokenFlexTrainer(model, args, processing_class=processor, train_dataset=rows, eval_dataset=rows)
+trainer.evaluate()  # of weights that are not what is published
 trainer.train()
-trainer.evaluate()
 trainer.push_to_hub(license="mit")
+for name, more in (("trained", ["--eval_dataset", "synthetic:4"]), ("adapted", ["--lora_rank", "2"])):
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    main(["--model_name_or_path", checkpoint, "--dataset", "synthetic:4", *arguments, *more,
+          f"--output_dir={folder}/{name}", f"--hub_model_id=alice/{name}"])
 """
 
 
@@ -109,7 +119,7 @@ def test_pushed_by_one_process_a_model_loads_in_another_clean_one(tiny, checkpoi
     assert done.stdout.splitlines()[-1].startswith(f"Published: {url}/alice/tiny/commit/")
     assert len(server.commits["alice/tiny"]) == 2, "making the repository, and one commit for everything"
     assert files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
-    assert files["evaluation/eval/results.png"].startswith(b"\x89PNG")
+    assert files["evaluation/eval-exact_match/results.png"].startswith(b"\x89PNG")
     assert not [name for name in files if name.endswith((".bin", ".pt"))]
     card = files["README.md"].decode()
     assert 'from_pretrained("alice/tiny", trust_remote_code=True)' in card
@@ -132,32 +142,36 @@ def test_pushed_by_one_process_a_model_loads_in_another_clean_one(tiny, checkpoi
 def test_a_push_that_fails_publishes_nothing_and_says_so(checkpoint, hub, tmp_path):
     server, url = hub
     cases = [("", "no"), ("hf_unknown", "no"), (hub_server.STRANGER, "no")]
-    cases += [(hub_server.WRITER, breaks) for breaks in ("upload", "commit", "answer")]
+    cases += [(hub_server.READER, "no")]
+    cases += [(hub_server.WRITER, breaks) for breaks in ("upload", "commit", "race", "answer")]
     done = run(url, tmp_path, None, "-c", PUSH, checkpoint, json.dumps(cases))
     assert done.returncode == 0, done.stderr
-    nobody, unknown, stranger, upload, commit, answer = done.stdout.splitlines()
+    nobody, unknown, stranger, reader, upload, commit, race, answer = done.stdout.splitlines()
     assert nobody.startswith("ValueError Nobody is logged in: run `hf auth login`")
     assert "does not know the token" in unknown
-    assert "may not write there" in stranger
+    assert "may not write there" in stranger and "may not write there" in reader
+    assert "Nothing was published: somebody has committed to alice/other meanwhile" in race
     for message in (upload, commit):
         assert message.startswith("ConnectionError The upload broke off")
-        assert "Nothing was published: alice/other is as it was" in message
-    # One commit made the repository, the other is the one that arrived though its answer did not.
-    (_, made), (arrived, published) = server.commits["alice/other"]
-    assert list(made) == [".gitattributes"]
+        assert "Nothing was published: the files of alice/other are as they were" in message
+    # Made, somebody else's, and the one that arrived though its answer did not.
+    (_, made), (_, others), (arrived, published) = server.commits["alice/other"]
+    assert list(made) == [".gitattributes"] and list(others) == [".gitattributes", "notes.md"]
     assert f"It was published all the same, as commit {arrived}" in answer
     assert published["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
 
 
 def test_a_second_push_replaces_what_is_no_longer_part_of_the_model(checkpoint, hub, tmp_path):
     server, url = hub
-    stale = {"model-00001-of-00002.safetensors": b"", "evaluation/old/results.json": b"{}"}
-    server.commit("alice/other", {**stale, "notes.md": b"somebody's own"})
+    stale = ["model-00001-of-00002.safetensors", "adapter_config.json"]
+    stale += ["evaluation/old/results.json", ".eval_results/old-4.yaml"]
+    own = ["notes.md", "lora/adapter_model.safetensors", "evaluation/notes.md", ".eval_results/gsm8k.yaml"]
+    server.commit("alice/other", dict.fromkeys([*stale, *own], b"{}"))
     done = run(url, tmp_path, None, "-c", PUSH, checkpoint, json.dumps([(hub_server.WRITER, "no")]))
     assert done.stdout.startswith("published"), done.stdout + done.stderr
     files = server.head("alice/other")[1]
     assert len(server.commits["alice/other"]) == 2
-    assert "notes.md" in files and "model.safetensors" in files and not stale.keys() & files.keys()
+    assert {*own, "model.safetensors"} <= files.keys() and not files.keys() & set(stale)
 
 
 def test_missing_and_private_repositories_are_named(checkpoint, hub, tmp_path):
@@ -179,22 +193,51 @@ for repo in ("alice/missing", "alice/secret"):
     assert all(repo in line for repo, line in zip(("alice/missing", "alice/secret"), lines))
 
 
-def test_every_class_and_the_trainer_push(checkpoint, hub, tmp_path):
+def test_every_class_and_the_trainers_push(checkpoint, hub, tmp_path):
     server, url = hub
-    done = run(url, tmp_path, hub_server.WRITER, "-c", CLASSES, checkpoint, tmp_path / "run")
+    token = hub_server.WRITER
+    done = run(url, tmp_path, token, "-c", CLASSES, checkpoint, tmp_path / "run", token)
     assert done.returncode == 0, done.stderr
     parts = server.head("alice/parts")[1]
-    assert {
-        "model.safetensors",
-        "config.json",
-        "modeling_tokenflex.py",
-        "processor_config.json",
-        "tokenizer.json",
-    } <= set(parts)
+    needed = {"model.safetensors", "config.json", "modeling_tokenflex.py", "processor_config.json", "tokenizer.json"}
+    assert needed <= set(parts)
     assert b'"AutoModel"' in server.head("alice/config")[1]["config.json"]
-    trained = server.head("alice/trained")[1]
-    card = trained["README.md"].decode()
-    report = json.loads(trained["evaluation/evaluation/results.json"])
-    assert all(f"value: {mean}" in card for mean in report["mean"].values())
-    assert "license: mit" in card and "generated automatically" not in card
-    assert {"model.safetensors", "modeling_tokenflex.py", "processor_config.json"} <= set(trained)
+    for name in ("script", "trained", "adapted"):
+        for _, files in server.commits[f"alice/{name}"]:
+            assert not [
+                file for file in files if file.endswith((".bin", ".pt")) or "adapter" in file or "/model" in file
+            ]
+            assert not [file for file, content in files.items() if token.encode() in content], "the token stays here"
+            assert not [file for file, content in files.items() if str(tmp_path).encode() in content], (
+                "and so do paths"
+            )
+        assert needed <= set(files)
+        assert json.loads(files["provenance.json"])["stages"][-1]["steps"] == 2
+    assert len(server.commits["alice/trained"]) == 2, "the repository and the final model"
+    assert len(server.commits["alice/script"]) == 4, "the repository, two checkpoints and the final model"
+    assert "license: mit" in server.head("alice/script")[1]["README.md"].decode()
+    assert "Not evaluated." in server.head("alice/adapted")[1]["README.md"].decode()
+    for name, slug, rows in (
+        ("script", "evaluation-set", SyntheticVQA(4, 5)),
+        ("trained", "synthetic-4-test", load_rows("synthetic:4", "test")),
+    ):
+        files = server.head(f"alice/{name}")[1]
+        report = json.loads(files[f"evaluation/{slug}-exact_match/results.json"])
+        assert all(f"value: {mean}" in files["README.md"].decode() for mean in report["mean"].values())
+        assert report["interval"] and report["milliseconds_to_first_token"]
+        for file, content in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(content)
+        model = TokenFlexForConditionalGeneration.from_pretrained(tmp_path / name)
+        processor = TokenFlexProcessor.from_pretrained(tmp_path / name)
+        again, _ = evaluate(model, processor, rows, latency_batch_size=0, show_progress=False)
+        assert {str(count): mean for count, mean in again["mean"].items()} == report["mean"], "the weights' own scores"
+
+
+def test_a_trainer_refuses_to_publish_what_is_no_model(tiny, tmp_path):
+    model, processor = tiny
+    options = {"report_to": "none", "push_to_hub": True, "hub_model_id": "alice/x"}
+    for strategy in ("checkpoint", "all_checkpoints"):
+        args = TokenFlexTrainingArguments(str(tmp_path), hub_strategy=strategy, **options)
+        with pytest.raises(ValueError, match=f"`hub_strategy`='{strategy}'"):
+            TokenFlexTrainer(model, args, processing_class=processor, train_dataset=SyntheticVQA(2, 5))

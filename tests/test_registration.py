@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import pytest
+
+import tokenflex
+
+
+def run(script):
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_the_package_and_its_help_are_imported_without_torch():
+    script = """
+import sys
+import tokenflex
+from tokenflex import cli
+try:
+    cli.main(["--help"])
+finally:
+    print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
+"""
+    assert run(script)[-1] == "[]"
+
+
+# The first makes the configuration, half imported, import the Auto classes; the second makes them import the core.
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from tokenflex import TokenFlexConfig",
+        "import tokenflex; from transformers import AutoModel",
+        "from transformers import AutoModel, AutoProcessor; import tokenflex",
+        "from tokenflex.modeling_tokenflex import TokenFlexModel",
+    ],
+)
+def test_auto_classes_know_the_model_whatever_is_imported_first(first):
+    script = f"""
+{first}
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+config = AutoConfig.for_model("tokenflex")
+auto_classes = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+for known in (type(config), *(auto._model_mapping[type(config)] for auto in auto_classes)):
+    print(known.__module__, known.__name__)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+print(PROCESSOR_MAPPING[type(config)].__name__)
+"""
+    assert run(script) == [
+        "tokenflex.configuration_tokenflex TokenFlexConfig",
+        "tokenflex.modeling_tokenflex TokenFlexModel",
+        "tokenflex.modeling_tokenflex TokenFlexForConditionalGeneration",
+        "tokenflex.modeling_tokenflex TokenFlexForConditionalGeneration",
+        "TokenFlexProcessor",
+    ]
+
+
+def test_public_names_are_listed_and_others_are_refused():
+    assert set(tokenflex.__all__) <= set(dir(tokenflex))
+    assert all(getattr(tokenflex, name).__name__ == name for name in tokenflex.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'TokenFlexConfiguration'"):
+        _ = tokenflex.TokenFlexConfiguration
