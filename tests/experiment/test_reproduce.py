@@ -127,6 +127,8 @@ def test_command_line(folder, monkeypatch, capsys):
 
 
 SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes in the background ignore from their start
 from tokenflex.experiment.reproduce import reproduce
 from tokenflex.experiment.runs import Size
 
@@ -147,7 +149,7 @@ def test_runs_end_with_the_experiment(number, tmp_path):
                 raise AssertionError(f"it ended by itself: {parent.wait(timeout=0.2)}")
             children = psutil.Process(parent.pid).children(recursive=True)
         parent.send_signal(number)
-        assert parent.wait(timeout=300) != 0
-        assert not psutil.wait_procs(children, timeout=300)[1]
+        assert parent.wait(timeout=120) != 0
+        assert not psutil.wait_procs(children, timeout=120)[1]
     finally:
         parent.kill()
