@@ -27,7 +27,9 @@ def read_provenance(checkpoint: str | Path) -> dict:
     Raises:
         ValueError: If what it says cannot be read.
     """
-    file = cached_file(str(checkpoint), PROVENANCE_NAME, _raise_exceptions_for_missing_entries=False)
+    # A training run is not to fail for want of this file.
+    kinds = ("missing_entries", "gated_repo", "connection_errors")
+    file = cached_file(str(checkpoint), PROVENANCE_NAME, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
     if file is None:
         return {"base_models": [str(checkpoint)] if _is_hub_id(checkpoint) else [], "stages": []}
     try:

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from PIL import Image
 
 from tokenflex.files import save_checkpoint
@@ -42,3 +43,14 @@ def test_stages_add_up_and_local_paths_stay_private(tmp_path, monkeypatch):
     assert last["data"] == ["rows.json"] and last["steps"] == 2 and last["batch_size"] == 2
     assert last["vision_token_weights"] == [0.2, 0.3, 0.5]
     assert "somebodys-home" not in json.dumps(made)
+
+
+def test_a_checkpoint_of_the_hub_that_cannot_be_asked_is_what_others_are_built_from():
+    assert read_provenance("somebody/model") == {"base_models": ["somebody/model"], "stages": []}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"stages": 1}', '{"base_models": [], "stages": ["x"]}'])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "provenance.json").write_text(text)
+    with pytest.raises(ValueError, match="provenance.json is no record"):
+        read_provenance(tmp_path)

@@ -148,12 +148,13 @@ class PublishingMixin:
         model.train(was_training)
         return folders
 
-    def describe_stage(self, start: str | None = None, data: list[str] | None = None, **facts) -> dict:
+    def describe_stage(self, start: dict | None = None, data: list[str] | None = None, **facts) -> dict:
         """
         How the present weights came about.
 
         Args:
-            start (`str`, *optional*): The checkpoint that training began with. Defaults to what the model says.
+            start (`dict`, *optional*): The provenance of the checkpoint that training began with. Defaults to what is known of the
+                one that the model was loaded from.
             data (`list[str]`, *optional*): Names of the training data.
             facts: What else they depend on.
 
@@ -161,9 +162,11 @@ class PublishingMixin:
             `dict`: The checkpoint's provenance, as [`add_stage`] returns it.
         """
         args, collator = self.args, self.data_collator
-        start = start or getattr(self.model.config, "_name_or_path", "")
+        if start is None:
+            name = getattr(self.model.config, "_name_or_path", "")
+            start = read_provenance(name) if name else {"base_models": [], "stages": []}
         return add_stage(
-            read_provenance(start) if start else {"base_models": [], "stages": []},
+            start,
             "training",
             data=data,
             vision_token_choices=collator.vision_token_choices,

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..files import save_checkpoint
-from ..provenance import public_names
+from ..provenance import public_names, read_provenance
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
 from .collator import TokenFlexDataCollator
 from .datasets import DataArguments, load_rows
@@ -105,6 +105,7 @@ def train(
     clean_up(output_dir)
     checkpoint = find_checkpoint(resume, output_dir, described)
 
+    made = read_provenance(model_args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
     options = {name: getattr(model_args, name) for name in ("dtype", "attn_implementation")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -170,9 +171,7 @@ def train(
         begin_run(output_dir, described)
     trainer.train(resume_from_checkpoint=checkpoint)
     described_data = {"data": public_names(data_args.dataset), "frozen": frozen or None}
-    provenance = trainer.describe_stage(
-        model_args.model_name_or_path, **described_data, lora_rank=model_args.lora_rank or None
-    )
+    provenance = trainer.describe_stage(made, **described_data, lora_rank=model_args.lora_rank or None)
     _save(trainer, model_args, final, provenance)
     if trainer.is_world_process_zero():
         end_run(output_dir, described)
