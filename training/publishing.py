@@ -6,11 +6,20 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..files import PROVENANCE_NAME, write_file
 from ..hub.card import slugify
 from ..hub.push import push_checkpoint
 from ..provenance import add_stage, read_provenance
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTERS = (
+    "these are adapters, not a model: merge them with `merge_adapters`, save with `save_checkpoint`, and publish that with "
+    "`tokenflex push`; or publish the adapters alone with the model's `push_to_hub`."
+)
 
 
 class PublishingMixin:
@@ -22,7 +31,7 @@ class PublishingMixin:
         args (`TrainingArguments`): As for `transformers.Trainer`.
 
     Raises:
-        ValueError: If `hub_strategy` would publish a run's state.
+        ValueError: If `hub_strategy` would publish a run's state, or the model is adapters alone.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
@@ -31,6 +40,8 @@ class PublishingMixin:
                 f"`hub_strategy`={args.hub_strategy.value!r} publishes optimizer states and arguments with their paths: use "
                 "'end' or 'every_save', which publish checkpoints alone."
             )
+        if args.push_to_hub and hasattr(model, "peft_config"):
+            raise ValueError(f"`push_to_hub`=True: {ADAPTERS}")
         super().__init__(model, args, *rest, **kwargs)
 
     def push_to_hub(
@@ -71,10 +82,7 @@ class PublishingMixin:
             ConnectionError: If the upload broke off.
         """
         if hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
-            raise ValueError(
-                "These are adapters, not a model: merge them with `merge_adapters`, save with `save_checkpoint`, and publish "
-                "that with `tokenflex push`; or publish the adapters alone with the model's `push_to_hub`."
-            )
+            raise ValueError(ADAPTERS)
         evaluations = self.evaluate_to_publish()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -180,8 +188,12 @@ class PublishingMixin:
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy == HubStrategy.EVERY_SAVE and self.is_world_process_zero():
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE or not self.is_world_process_zero():
+            return
+        try:
             self.publish(checkpoint_folder, commit_message=f"Training in progress, step {self.state.global_step}")
+        except (ValueError, ConnectionError) as error:  # what is trained is worth more than what is shown of it
+            logger.warning(f"{checkpoint_folder} was not published, training goes on: {error}")
 
 
 def _as_list(names: str | list[str] | None) -> list[str]:

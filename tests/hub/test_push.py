@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ from tokenflex.evaluation import evaluate, save_report
 from tokenflex.files import save_checkpoint
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.datasets import load_rows
+from tokenflex.training.lora import add_adapters, lora_config
 from tokenflex.training.synthetic import SyntheticVQA
 from tokenflex.training.trainer import TokenFlexTrainer
 
@@ -241,3 +243,25 @@ def test_a_trainer_refuses_to_publish_what_is_no_model(tiny, tmp_path):
         args = TokenFlexTrainingArguments(str(tmp_path), hub_strategy=strategy, **options)
         with pytest.raises(ValueError, match=f"`hub_strategy`='{strategy}'"):
             TokenFlexTrainer(model, args, processing_class=processor, train_dataset=SyntheticVQA(2, 5))
+
+
+def test_an_upload_that_fails_on_the_way_does_not_end_training(tiny, tmp_path, monkeypatch):
+    def break_off(self, *args, **kwargs):
+        raise ConnectionError("The upload broke off")
+
+    monkeypatch.setattr(TokenFlexTrainer, "publish", break_off)
+    monkeypatch.setattr(TokenFlexTrainer, "init_hf_repo", lambda self: None)
+    options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    args = TokenFlexTrainingArguments(str(tmp_path), push_to_hub=True, per_device_train_batch_size=2, **options)
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    trainer = TokenFlexTrainer(model, args, processing_class=processor, train_dataset=SyntheticVQA(4, 5))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_adapters_alone_are_refused_before_anything_is_trained(tiny, tmp_path):
+    model = add_adapters(copy.deepcopy(tiny[0]), lora_config(tiny[0], rank=2))
+    args = TokenFlexTrainingArguments(str(tmp_path), report_to="none", push_to_hub=True)
+    with pytest.raises(ValueError, match="adapters, not a model"):
+        TokenFlexTrainer(model, args, processing_class=tiny[1], train_dataset=SyntheticVQA(2, 5))
