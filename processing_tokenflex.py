@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_utils import VideoInput
 
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
+from .pixels_tokenflex import is_tabulable, tabulate_pixels
 from .video_processing_tokenflex import (
     TokenFlexVideosKwargs,
     VideosAsImagesMixin,
@@ -427,21 +428,29 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
         matched = self.match_aspect_ratio if matched is None else matched
         sizes = [_size(image) for image in images] if matched or any(crops) else [None] * len(images)
         num_tiles, grids, shown = self._arrange(sizes, **options)
-        if any(crops):
-            processed_images = self._cut(images, crops, options, kwargs)
-            processed_images["num_tiles"] = num_tiles
+        limits = {
+            name: getattr(self, name) if options[name] is None else options[name]
+            for name in ("min_patches", "max_patches")
+        }
+        return_tensors = kwargs.pop("return_tensors", None)
+        if is_tabulable(self.image_processor, images, kwargs):
+            tiler = self.tiler if any(crops) else None
+            pixel_values = tabulate_pixels(self.image_processor, images, num_tiles, tiler, **limits)
+            pixel_values = list(pixel_values) if return_tensors is None else pixel_values
+            processed_images = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        elif any(crops):
+            processed_images = self._cut(images, crops, limits, kwargs)
         else:
-            processed_images = self.image_processor(images, **kwargs)
+            processed_images = self.image_processor(images, return_tensors=return_tensors, **kwargs)
+        if any(crops):
+            processed_images["num_tiles"] = num_tiles
         processed_images["vision_token_grids"] = [list(grid) for grid in grids]
         if matched:
             processed_images["image_sizes"] = [list(size) for size in shown]
         return processed_images, [self.replace_image_token(processed_images, i) for i in range(len(images))]
 
-    def _cut(self, images: list, crops: list[bool], options: dict, kwargs: dict) -> dict:
+    def _cut(self, images: list, crops: list[bool], limits: dict, kwargs: dict) -> dict:
         """The tiles of all images in order, uncut images among them."""
-        kwargs = {name: value for name, value in kwargs.items() if name != "return_tensors"}
-        limits = {name: options[name] for name in ("min_patches", "max_patches") if options[name] is not None}
-        limits = {"min_patches": self.min_patches, "max_patches": self.max_patches, **limits}
         tiler = self.tiler
         tiles = [
             tile
