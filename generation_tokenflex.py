@@ -3,20 +3,21 @@
 import math
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin, SuppressTokensLogitsProcessor
+from transformers.generation import GenerationConfig, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .choosing_tokenflex import TokenFlexChoosingMixin
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
 from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask_padding_of_answers
 from .placeholders_tokenflex import count_tokens, first_placeholders, recount_vision_tokens
+from .prefill_tokenflex import TokenFlexPrefillMixin
 
 
 _PER_IMAGE = ("image_sizes", "num_tiles")
 _INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", *_PER_IMAGE)
 
 
-class TokenFlexGenerationMixin(TokenFlexChoosingMixin, GenerationMixin):
+class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
     """`generate` at a chosen number of vision tokens."""
 
     @torch.no_grad()
