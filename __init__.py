@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         resolve_vision_token_grid,
         resolve_vision_token_grids,
     )
+    from .image_cache_tokenflex import ImageFeatureCache
     from .modeling_tokenflex import (
         TokenFlexForConditionalGeneration,
         TokenFlexModel,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 # Where the public names are; they are imported when they are first asked for, and torch with them.
 _MODULES = {
+    "ImageFeatureCache": "image_cache_tokenflex",
     "TokenFlexConfig": "configuration_tokenflex",
     "TokenFlexForConditionalGeneration": "modeling_tokenflex",
     "TokenFlexModel": "modeling_tokenflex",

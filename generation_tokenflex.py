@@ -93,6 +93,7 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             prompt, encoded, grids = self._continue_prompt(
                 cached, input_ids, attention_mask, num_vision_tokens, is_asked, kwargs, options
             )
+        self._reserve_static_cache(prompt, grids, options)
         rewritten = prompt.pop("input_ids")
         output = super().generate(rewritten, generation_config, *args, **prompt)
         if chosen is not None and not isinstance(output, torch.Tensor):
@@ -305,6 +306,19 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             prompt["pixel_values"] = images
         else:
             prompt["mm_encoder_outputs"] = {"image": self.model.pool_image_features(images, grids)}
+
+    def _reserve_static_cache(self, prompt: dict, grids: list[list[tuple[int, int]]], options: "_Options") -> None:
+        """Makes a static cache long enough for the largest count: one compiled graph then decodes at all of them."""
+        new_tokens = options.get("max_new_tokens")
+        if (
+            "static" not in (options.get("cache_implementation") or "")
+            or options.get("max_cache_len")
+            or not new_tokens
+        ):
+            return
+        largest = max(self.config.vision_token_choices)
+        longer = (sum(max(largest - rows * columns, 0) for rows, columns in row) for row in grids)
+        prompt["max_cache_len"] = prompt["input_ids"].shape[1] + max(longer, default=0) + new_tokens
 
     def _note_cache(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -18,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
 from .generation_tokenflex import TokenFlexGenerationMixin
+from .image_cache_tokenflex import ImageFeatureCache
 from .packing_tokenflex import create_packed_masks, packed_position_ids
 from .placeholders_tokenflex import infer_vision_token_grids
 
@@ -229,7 +231,25 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = TokenFlexProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.image_feature_cache = None
         self.post_init()
+
+    def keep_image_features(self, max_images: int | None = 64) -> ImageFeatureCache | None:
+        """
+        From now on keeps the vision tower's features of the images last used, and runs the tower only for others, wherever no
+        gradients are asked for: for conversations and several questions about the same images.
+
+        Args:
+            max_images (`int`, *optional*, defaults to 64): How many images' features to keep; `None` keeps none again.
+
+        Returns:
+            [`ImageFeatureCache`], *optional*: With the numbers of `hits` and `misses`.
+
+        Raises:
+            ValueError: If `max_images` is no positive integer.
+        """
+        self.image_feature_cache = None if max_images is None else ImageFeatureCache(max_images)
+        return self.image_feature_cache
 
     @can_return_tuple
     def get_image_features(
@@ -277,6 +297,20 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             num_vision_tokens = self.config.num_vision_tokens
         num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
         grids = self.resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
+        cache = self.image_feature_cache
+        if cache is None or self.training or torch.is_grad_enabled() or is_compiling() or any(kwargs.values()):
+            patch_features, outputs = self._run_tower(pixel_values, **kwargs)
+        else:
+            outputs = BaseModelOutputWithPooling()
+            patch_features = cache.encode(self.vision_tower, pixel_values, lambda new: self._run_tower(new)[0])
+        if image_indices is not None:
+            patch_features = patch_features[image_indices]
+        image_outputs = self.pool_image_features(patch_features, grids)
+        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
+        return image_outputs
+
+    def _run_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
+        """The patch features of images, and all that the tower returned."""
         if self.config.vision_feature_layer != -1 and not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = [self.config.vision_feature_layer]  # the others are not kept
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -289,12 +323,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
                 f"{num_prefix_tokens} and the patch grid {self.config.patch_grid} make {num_prefix_tokens + num_patches}."
             )
-        patch_features = features[:, num_prefix_tokens:]
-        if image_indices is not None:
-            patch_features = patch_features[image_indices]
-        image_outputs = self.pool_image_features(patch_features, grids)
-        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
-        return image_outputs
+        return features[:, num_prefix_tokens:], outputs
 
     def pool_image_features(
         self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]
@@ -359,7 +388,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if num_vision_tokens is not None:
             asked = resolve_vision_token_grids(num_vision_tokens, num_images, patch_grid)
         # A count given as an integer keeps traced graphs free of reading one off a tensor.
-        if asked is not None and (vision_token_grids is None or torch.compiler.is_compiling()):
+        if asked is not None and (vision_token_grids is None or is_compiling()):
             return asked
         if vision_token_grids is None:
             return infer_vision_token_grids(input_ids, num_images, self.config.image_token_id, patch_grid)
@@ -585,6 +614,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         self.model = TokenFlexModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def keep_image_features(self, max_images: int | None = 64) -> ImageFeatureCache | None:
+        """See [`TokenFlexModel.keep_image_features`]."""
+        return self.model.keep_image_features(max_images)
 
     def get_image_features(
         self,

@@ -274,6 +274,7 @@ def build_app(
     num_vision_tokens: int | str | None = None,
     max_megapixels: float = 64,
     max_images: int = 32,
+    keep_images: int | None = None,
     **model_options,
 ) -> "FastAPI":
     """
@@ -285,6 +286,8 @@ def build_app(
             The count of requests that ask for none: a number, `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
         max_megapixels (`float`, *optional*, defaults to 64): How large a request's images may be together.
         max_images (`int`, *optional*, defaults to 32): How many images a request may have.
+        keep_images (`int`, *optional*):
+            How many images' tower features to keep for later turns and other questions. Defaults to none.
         model_options: As for `from_pretrained`.
 
     Returns:
@@ -297,6 +300,7 @@ def build_app(
         raise ValueError(f"`model_name_or_path`={model_name_or_path!r}: no such folder, and no id of the Hub's form.")
     processor = AutoProcessor.from_pretrained(model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **{"device_map": "auto", **model_options})
+    model.keep_image_features(keep_images)
     images = ImageReader(max_megapixels, max_images)
     handler = ChatHandler(model_name_or_path, model.eval(), processor, images, num_vision_tokens)
     app = FastAPI(title="tokenflex", openapi_url=None)
@@ -353,6 +357,11 @@ def main(argv: list[str] | None = None) -> None:
         "--max_megapixels", type=float, default=64, help="Of a request's images together. Default: %(default)s."
     )
     parser.add_argument("--max_images", type=int, default=32, help="Images of a request. Default: %(default)s.")
+    parser.add_argument(
+        "--keep_images",
+        type=int,
+        help="Images whose tower features to keep for later turns and other questions. Default: none.",
+    )
     parser.add_argument("--device", default="auto", help="Such as cuda:1 or cpu. Default: %(default)s.")
     parser.add_argument("--dtype", default="auto", help="Default: %(default)s, that of the weights.")
     parser.add_argument("--attn_implementation", help="Such as flash_attention_2. Default: transformers'.")

@@ -10,7 +10,10 @@ from pathlib import Path
 
 
 NOTE = "<!-- Written by docs/build_reference.py from the docstrings: edit these, then run `make reference`. -->"
-CORE = " ".join(f"{name}_tokenflex" for name in ("configuration", "modeling", "processing", "placeholders", "packing"))
+CORE = " ".join(
+    f"{name}_tokenflex"
+    for name in ("configuration", "modeling", "processing", "placeholders", "packing", "image_cache")
+)
 TRAINING = (
     "collator callback trainer publishing arguments train datasets data sampling optimization lora synthetic tiny"
 )

@@ -25,7 +25,9 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from tokenflex import serve  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from tokenflex import TokenFlexModel, serve  # noqa: E402
 
 
 IMAGES = [draw_scene(5, index).image for index in range(3)]
@@ -323,3 +325,24 @@ def test_the_documented_request_is_answered(server, capsys):
         .out.strip()
         .endswith(str(ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": 16})[2].prompt_tokens))
     )
+
+
+def test_a_chat_s_images_run_through_the_tower_once(calibrated, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model", *calibrated)
+    runs = []
+    run_tower = TokenFlexModel._run_tower
+    monkeypatch.setattr(
+        TokenFlexModel, "_run_tower", lambda self, images: (runs.append(len(images)), run_tower(self, images))[1]
+    )
+    app = serve.build_app(str(tmp_path / "model"), keep_images=2, device_map="cpu")
+    content = [part(IMAGES[0]), {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    replies = []
+    with TestClient(app) as client:
+        for count in (4, 36):
+            body = {"model": str(tmp_path / "model"), "messages": messages, "max_tokens": 5, "temperature": 0}
+            reply = client.post("/v1/chat/completions", json={**body, "num_vision_tokens": count}).json()
+            replies.append(reply["choices"][0]["message"]["content"])
+            messages = [*messages, {"role": "assistant", "content": replies[-1]}, {"role": "user", "content": "and now?"}]
+    assert runs == [1]
+    assert replies[0] == expected(calibrated, IMAGES[:1], [4])[0]
