@@ -99,7 +99,12 @@ def tabulate_pixels(
             for other in others:
                 values[other : other + tiles] = values[first : first + tiles]
 
-    with ThreadPoolExecutor(min(len(places), torch.get_num_threads())) as threads:
+    num_threads = min(len(places), torch.get_num_threads())
+    if num_threads == 1:
+        for indices in places.values():
+            fill(indices)
+        return values
+    with ThreadPoolExecutor(num_threads) as threads:
         for _ in threads.map(fill, places.values()):
             pass
     return values

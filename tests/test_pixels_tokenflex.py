@@ -120,7 +120,7 @@ def test_as_many_threads_as_torch_computes_with(tiny, monkeypatch, threads):
     pool = pixels_tokenflex.ThreadPoolExecutor
     monkeypatch.setattr(pixels_tokenflex, "ThreadPoolExecutor", lambda n: (asked.append(n), pool(n))[1])
     processor(images=[draw_image("RGB", 20, 20, i) for i in range(5)], text=[processor.image_token] * 5)
-    assert asked == [threads]
+    assert asked == ([threads] if threads > 1 else [])
 
 
 def test_what_the_table_does_not_cover_goes_to_the_image_processor(tiny):
