@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
 
-.PHONY: demo test reproduce reference lint clean
+.PHONY: demo test reproduce bench reference lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -16,6 +16,9 @@ test: $(TESTABLE)
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/peers.py --output_dir outputs/bench
 
 reference: $(TESTABLE)
 	$(BIN)/python docs/build_reference.py

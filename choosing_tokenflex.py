@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .conversation_tokenflex import locate_images
-
 
 NAMED_COUNTS = ("low", "high", "auto")
 
@@ -123,6 +121,6 @@ class TokenFlexChoosingMixin:
             pixel_values = kwargs.pop("pixel_values")
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, 1, return_dict=True)}
         chosen = self.choose_vision_tokens(input_ids, **kwargs)
-        _, rows = locate_images(input_ids, self._encoded_grids(input_ids, kwargs), self.config.image_token_id)
+        _, _, rows = self._locate_encoded(input_ids, kwargs)
         rows = rows.tolist()
         return [chosen[row] for row in rows], [count if row in rows else 0 for row, count in enumerate(chosen)]

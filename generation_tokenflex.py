@@ -3,13 +3,13 @@
 import math
 
 import torch
-from transformers.generation import GenerationConfig, SuppressTokensLogitsProcessor
+from transformers.generation import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .choosing_tokenflex import TokenFlexChoosingMixin
 from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
 from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask_padding_of_answers
-from .placeholders_tokenflex import count_tokens, first_placeholders, recount_vision_tokens
+from .placeholders_tokenflex import recount_vision_tokens
 from .prefill_tokenflex import TokenFlexPrefillMixin
 
 
@@ -128,8 +128,7 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             at.
         """
         num_images, _ = _count_images(kwargs)
-        encoded = self._encoded_grids(input_ids, kwargs)
-        _, rows = locate_images(input_ids, encoded, self.config.image_token_id)
+        encoded, _, rows = self._locate_encoded(input_ids, kwargs)
         grids = self._asked_grids(num_vision_tokens, encoded, kwargs)
         if num_images != len(grids):
             raise _mismatch(num_images, len(grids), len(grids))
@@ -165,8 +164,7 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
         """
         token_id, batch_size = self.config.image_token_id, len(input_ids)
         cached_length = cached.input_ids.shape[1]
-        encoded = self._encoded_grids(input_ids, kwargs, cached)
-        columns, rows = locate_images(input_ids, encoded, token_id)
+        encoded, columns, rows = self._locate_encoded(input_ids, kwargs, cached)
         starts = cached.find_end(input_ids, attention_mask, encoded, token_id)
         is_new = columns >= torch.tensor(starts, device=columns.device)[rows]
         new = is_new.nonzero().squeeze(-1).tolist()
@@ -246,8 +244,7 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
         """The grids of the images in the first `length` columns, guessed from their runs if nobody says them."""
         token_id = self.config.image_token_id
         try:
-            encoded = self._encoded_grids(input_ids, kwargs)
-            columns, rows = locate_images(input_ids, encoded, token_id)
+            encoded, _, rows = self._locate_encoded(input_ids, kwargs)
         except ValueError:
             guessed = []
             for row in (input_ids[:, :length] == token_id).long():
@@ -261,10 +258,13 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
         prefix.encoded = prefix.grids
         return prefix.crop(length, token_id).grids
 
-    def _encoded_grids(
+    def _locate_encoded(
         self, input_ids: torch.LongTensor, kwargs: dict, cached: CachedPrompt | None = None
-    ) -> list[tuple[int, int]]:
-        """The grids that all images of the prompts were encoded at, those in the cache included."""
+    ) -> tuple[list[tuple[int, int]], torch.LongTensor, torch.LongTensor]:
+        """
+        The grids that all images of the prompts were encoded at, those in the cache included, and the first column and
+        the row of each.
+        """
         token_id = self.config.image_token_id
         num_images, image_outputs = _count_images(kwargs)
         given = kwargs.get("vision_token_grids")
@@ -276,12 +276,12 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             tokens_per_row = (input_ids == token_id).sum(-1).tolist()
             candidates += [_extend(grids, new, tokens_per_row) for grids in (cached.encoded, cached.grids)]
         for grids in candidates:
-            if grids is not None and _fits(input_ids, grids, token_id):
-                return grids
+            if grids is not None and (located := _try_to_locate(input_ids, grids, token_id)):
+                return grids, *located
+        grids = given or []
         if given is None and num_images:
-            return self.model.resolve_grids(num_images, input_ids=input_ids)
-        first_placeholders(input_ids, count_tokens(given or [], input_ids.device), token_id)
-        return []
+            grids = self.model.resolve_grids(num_images, input_ids=input_ids)
+        return grids, *locate_images(input_ids, grids, token_id)
 
     def _asked_grids(
         self, num_vision_tokens: int | tuple[int, int] | list | None, encoded: list[tuple[int, int]], kwargs: dict
@@ -386,8 +386,18 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
     def _get_logits_processor(self, *args, device=None, **kwargs):
         # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.
         processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=device or "cpu"))
+        processors.insert(0, _NoImageToken(self.config.image_token_id))
         return processors
+
+
+class _NoImageToken(LogitsProcessor):
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()  # `output_logits` shows them as they were
+        scores[..., self.image_token_id] = -math.inf
+        return scores
 
 
 class _Options:
@@ -420,12 +430,11 @@ def _count_images(kwargs: dict) -> tuple[int, BaseModelOutputWithPooling | None]
     return 0 if images is None else len(images), image_outputs
 
 
-def _fits(input_ids: torch.LongTensor, grids: list[tuple[int, int]], image_token_id: int) -> bool:
+def _try_to_locate(input_ids: torch.LongTensor, grids: list[tuple[int, int]], image_token_id: int):
     try:
-        first_placeholders(input_ids, count_tokens(grids, input_ids.device), image_token_id)
+        return locate_images(input_ids, grids, image_token_id)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _by_row(items: list, rows: torch.LongTensor, batch_size: int) -> list[list]:

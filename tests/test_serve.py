@@ -343,6 +343,10 @@ def test_a_chat_s_images_run_through_the_tower_once(calibrated, tmp_path, monkey
             body = {"model": str(tmp_path / "model"), "messages": messages, "max_tokens": 5, "temperature": 0}
             reply = client.post("/v1/chat/completions", json={**body, "num_vision_tokens": count}).json()
             replies.append(reply["choices"][0]["message"]["content"])
-            messages = [*messages, {"role": "assistant", "content": replies[-1]}, {"role": "user", "content": "and now?"}]
+            messages = [
+                *messages,
+                {"role": "assistant", "content": replies[-1]},
+                {"role": "user", "content": "and now?"},
+            ]
     assert runs == [1]
     assert replies[0] == expected(calibrated, IMAGES[:1], [4])[0]
