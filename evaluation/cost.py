@@ -75,11 +75,11 @@ def measure_cost(
 
     def answer(count: int | str, length: int) -> float:
         """The seconds that an answer of exactly `length` tokens takes."""
-        _synchronise(model.device)
+        synchronise(model.device)
         start = time.perf_counter()
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         model.generate(**batches[count], num_vision_tokens=count, **options)
-        _synchronise(model.device)
+        synchronise(model.device)
         return time.perf_counter() - start
 
     first, whole, memory = ({count: [] for count in counts} for _ in range(3))
@@ -90,9 +90,9 @@ def measure_cost(
                 first[count].append(1000 * seconds)
     for _ in range(max(1, repeats // 4)):
         for count in counts:
-            is_reset = _reset_peak_memory(model.device)
+            is_reset = reset_peak_memory(model.device)
             whole[count].append(answer(count, answer_tokens))
-            memory[count].append(_peak_memory(model.device) if is_reset else None)
+            memory[count].append(peak_memory(model.device) if is_reset else None)
     return {
         "milliseconds_to_first_token": {count: statistics.median(values) for count, values in first.items()},
         "tokens_per_second": {
@@ -104,13 +104,27 @@ def measure_cost(
     }
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """
+    Waits until a GPU has done what it was given.
+
+    Args:
+        device (`torch.device`): Any device; only CUDA's are waited for.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _reset_peak_memory(device: torch.device) -> bool:
-    """Whether it could be reset."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """
+    Lets [`peak_memory`] begin anew.
+
+    Args:
+        device (`torch.device`): The device.
+
+    Returns:
+        `bool`: Whether it could be reset: on CUDA, and for the memory of this process on Linux.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -121,7 +135,17 @@ def _reset_peak_memory(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
+    """
+    What was held at most since [`reset_peak_memory`].
+
+    Args:
+        device (`torch.device`): The device.
+
+    Returns:
+        `int`, *optional*: In bytes: of a GPU what torch had allocated, else the resident memory of the process; `None` where
+        the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -54,18 +54,18 @@ def test_answers_have_the_length_that_is_counted(narrow, images, monkeypatch):
 
 def test_peak_memory_is_that_of_the_moment():
     device = torch.device("cpu")
-    assert cost._reset_peak_memory(device)
-    before = cost._peak_memory(device)
+    assert cost.reset_peak_memory(device)
+    before = cost.peak_memory(device)
     block = torch.ones(2**26)  # 256 MiB
-    at_most = cost._peak_memory(device)
+    at_most = cost.peak_memory(device)
     del block
     assert at_most - before > 200 * 2**20
-    cost._reset_peak_memory(device)
-    assert cost._peak_memory(device) < at_most - 200 * 2**20
+    cost.reset_peak_memory(device)
+    assert cost.peak_memory(device) < at_most - 200 * 2**20
 
 
 def test_memory_that_was_not_reset_is_not_shown(narrow, images, monkeypatch):
-    monkeypatch.setattr(cost, "_reset_peak_memory", lambda device: False)
+    monkeypatch.setattr(cost, "reset_peak_memory", lambda device: False)
     costs = measure_cost(*narrow, images, "which color?", [4], repeats=1, answer_tokens=2)
     assert costs["peak_memory_mib"] == {4: None}
 

@@ -1,0 +1,5 @@
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts there import each other by name
