@@ -1,7 +1,7 @@
 """Images to pixel values: what the tower's image processor computes, to the last bit, in less time."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,9 +10,24 @@ import torch
 from transformers import GotOcr2ImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
 
 
-_STEPS = ("preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
+_STEPS = (
+    "__call__",
+    "preprocess",
+    "fetch_images",
+    "process_image",
+    "convert_to_rgb",
+    "resize",
+    "rescale",
+    "normalize",
+    "_standardize_kwargs",
+    "_validate_preprocess_kwargs",
+    "_prepare_images_structure",
+    "_prepare_image_like_inputs",
+    "_preprocess_image_like_inputs",
+)
 _PREPROCESS = (PilBackend._preprocess, GotOcr2ImageProcessorPil._preprocess)
 
 
@@ -34,10 +49,10 @@ def is_tabulable(image_processor: BaseImageProcessor, images: Sequence, options:
         and all(value is None for value in options.values())
         and dict(image_processor.size).keys() == {"height", "width"}
         and image_processor.do_resize
-        and image_processor.resample is not None
+        and isinstance(image_processor.resample, int)
         and image_processor.do_convert_rgb
-        and not getattr(image_processor, "do_center_crop", None)
-        and not getattr(image_processor, "do_pad", None)
+        and all(getattr(image_processor, name) is not None for name in ("rescale_factor", "image_mean", "image_std"))
+        and not any(getattr(image_processor, name, None) for name in ("do_center_crop", "do_pad", "crop_to_patches"))
         and all(isinstance(image, PIL.Image.Image) for image in images)
     )
 
@@ -51,8 +66,8 @@ def tabulate_pixels(
     max_patches: int = 1,
 ) -> np.ndarray:
     """
-    Resizes images on as many threads as torch computes with, and looks up what each of the 256 values of a colour becomes
-    by rescaling and normalising, instead of computing it for every pixel.
+    Reads and resizes images on as many threads as torch computes with, and looks up what each of the 256 values of a
+    colour becomes by rescaling and normalising, instead of computing it for every pixel.
 
     Args:
         image_processor ([`~transformers.image_processing_backends.PilBackend`]):
@@ -69,45 +84,47 @@ def tabulate_pixels(
     Returns:
         `np.ndarray` of shape `(total_tiles, 3, height, width)`: Equal to the image processor's own `pixel_values`.
     """
-    resample = image_processor.resample
-    height, width = image_processor.size["height"], image_processor.size["width"]
+    resample, size = image_processor.resample, SizeDict(**dict(image_processor.size))
     table = _tabulate(image_processor)
     ends = list(itertools.accumulate(num_tiles))
-    values = np.empty((ends[-1], 3, height, width), dtype=table.dtype)
-    # A lazily read image must not be read by two threads at once.
-    places: dict[int, list[int]] = {}
-    for index, image in enumerate(images):
-        places.setdefault(id(image), []).append(index)
+    values = np.empty((ends[-1], 3, size.height, size.width), dtype=table.dtype)
 
-    def fill(indices: list[int]) -> None:
-        image = images[indices[0]]
+    def fill(index: int) -> None:
+        image, tiles = images[index], num_tiles[index]
         if image.mode != "RGB" or image.info.get("transparency") is not None:
             image = PIL.Image.fromarray(image_processor.convert_to_rgb(image))
-        for tiles in {num_tiles[index] for index in indices}:
-            first, *others = (ends[index] - tiles for index in indices if num_tiles[index] == tiles)
-            if tiles == 1:
-                resized = image.resize((width, height), resample=resample)
-                pieces = [np.asarray(resized).transpose(2, 0, 1)]
-            else:
-                pixels = np.asarray(image).transpose(2, 0, 1)
-                pieces = tiler.crop_image_to_patches(
-                    pixels, min_patches, max_patches, patch_size=tiler.size, resample=resample
-                )
-            for place, piece in enumerate(pieces, first):
-                for channel in range(3):
-                    np.take(table[channel], piece[channel], out=values[place, channel], mode="clip")
-            for other in others:
-                values[other : other + tiles] = values[first : first + tiles]
+        if tiles == 1:
+            pieces = [_channels_first(image.resize((size.width, size.height), resample=resample))]
+        else:
+            limits = {"min_patches": min_patches, "max_patches": max_patches}
+            pieces = tiler.crop_image_to_patches(_channels_first(image), **limits, patch_size=size, resample=resample)
+        for place, piece in enumerate(pieces, ends[index] - tiles):
+            for channel in range(3):
+                np.take(table[channel], piece[channel], out=values[place, channel], mode="clip")
 
-    num_threads = min(len(places), torch.get_num_threads())
+    num_threads = min(len(images), torch.get_num_threads())
     if num_threads == 1:
-        for indices in places.values():
-            fill(indices)
+        for index in range(len(images)):
+            fill(index)
         return values
+    # Images may share a file unless it was opened for one of them, and one image may stand in several places.
+    for image in images:
+        if not getattr(image, "filename", None):
+            image.load()
     with ThreadPoolExecutor(num_threads) as threads:
-        for _ in threads.map(fill, places.values()):
-            pass
+        _finish(threads.map(lambda image: image.load(), {id(image): image for image in images}.values()))
+        _finish(threads.map(fill, range(len(images))))
     return values
+
+
+def _finish(results: Iterable) -> None:
+    """Waits for results, and raises the first error."""
+    for _ in results:
+        pass
+
+
+def _channels_first(image: PIL.Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _tabulate(image_processor: PilBackend) -> np.ndarray:

@@ -1,4 +1,5 @@
-import threading
+import io
+import tarfile
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,14 @@ from hypothesis import strategies as st
 from transformers import CLIPImageProcessorPil, GotOcr2ImageProcessorPil, SiglipImageProcessorPil
 
 from tokenflex.pixels_tokenflex import is_tabulable, tabulate_pixels
+
+
+@pytest.fixture(autouse=True)
+def four_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
 
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")
@@ -96,18 +105,33 @@ def test_a_colour_is_normalised_once_however_many_pixels_have_it(tiny, monkeypat
     assert normalised == [3 * 256]
 
 
-def test_one_image_read_once_however_often_it_is_shown(tmp_path, tiny):
+def test_images_that_share_a_file_are_not_read_at_once(tmp_path, tiny):
+    _, processor = tiny
+    path, drawn = tmp_path / "images.tar", [draw_image("RGB", 300, 200, seed) for seed in range(8)]
+    with tarfile.open(path, "w") as archive:
+        for number, image in enumerate(drawn):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            archive.addfile(member, buffer)
+    expected = np.stack(processor.image_processor(drawn)["pixel_values"])
+    for _ in range(3):
+        with tarfile.open(path) as archive:
+            images = [PIL.Image.open(archive.extractfile(member)) for member in archive.getmembers()]
+            np.testing.assert_array_equal(tabulate_pixels(processor.image_processor, images, [1] * 8), expected)
+
+
+def test_an_image_of_a_file_is_read_once_however_often_it_is_shown(tmp_path, tiny):
     _, processor = tiny
     path = tmp_path / "image.png"
-    draw_image("RGB", 40, 30).save(path)
+    draw_image("RGB", 400, 300).save(path)
     expected = processor.image_processor([PIL.Image.open(path)])["pixel_values"][0]
-    image = PIL.Image.open(path)  # not read yet
-    loads = []
-    load = image.load
-    image.load = lambda: (loads.append(threading.get_ident()), load())[1]
-    values = tabulate_pixels(processor.image_processor, [image] * 6, [1] * 6)
-    assert (values == expected).all()
-    assert len(set(loads)) == 1
+    for _ in range(10):
+        image = PIL.Image.open(path)
+        values = tabulate_pixels(processor.image_processor, [image] * 8 + [PIL.Image.open(path)] * 2, [1] * 10)
+        assert (values == expected).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -123,6 +147,16 @@ def test_as_many_threads_as_torch_computes_with(tiny, monkeypatch, threads):
     assert asked == ([threads] if threads > 1 else [])
 
 
+def test_a_size_may_be_a_plain_dictionary():
+    tiler = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32})
+    images = [draw_image("RGB", 100, 40)]
+    expected = tiler(images, crop_to_patches=True, max_patches=4)["pixel_values"]
+    tiler.size = {"height": 32, "width": 32}
+    assert is_tabulable(tiler, images, {})
+    values = tabulate_pixels(tiler, images, [len(expected)], tiler, 1, 4)
+    np.testing.assert_array_equal(values, np.stack(expected))
+
+
 def test_what_the_table_does_not_cover_goes_to_the_image_processor(tiny):
     _, processor = tiny
     stock, image = processor.image_processor, draw_image("RGB", 20, 20)
@@ -131,12 +165,24 @@ def test_what_the_table_does_not_cover_goes_to_the_image_processor(tiny):
     assert not is_tabulable(stock, [image], {"do_normalize": False})
     assert not is_tabulable(SiglipImageProcessorPil(do_convert_rgb=False), [image], {})
     assert not is_tabulable(CLIPImageProcessorPil(), [image], {})
+    assert not is_tabulable(GotOcr2ImageProcessorPil(crop_to_patches=True), [image], {})
+    for name in ("image_mean", "image_std", "rescale_factor", "resample"):
+        lacking = SiglipImageProcessorPil()
+        setattr(lacking, name, None)
+        assert not is_tabulable(lacking, [image], {})
+    for option in ({"do_pad": True}, {"do_resize": False}, {"size": {"shortest_edge": 32}}):
+        assert not is_tabulable(SiglipImageProcessorPil(**option), [image], {})
 
     class Inverting(SiglipImageProcessorPil):
         def rescale(self, image, scale):
             return super().rescale(255 - image, scale)
 
+    class Calling(SiglipImageProcessorPil):
+        def __call__(self, images, **kwargs):
+            return super().__call__([image.transpose(0) for image in images], **kwargs)
+
     assert not is_tabulable(Inverting(), [image], {})
+    assert not is_tabulable(Calling(), [image], {})
     options = {"do_normalize": False, "text": [processor.image_token]}
     plain = processor(images=[image], **options)["pixel_values"][0]
     np.testing.assert_array_equal(plain, stock([image], do_normalize=False)["pixel_values"][0])
