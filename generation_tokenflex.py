@@ -93,7 +93,6 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             prompt, encoded, grids = self._continue_prompt(
                 cached, input_ids, attention_mask, num_vision_tokens, is_asked, kwargs, options
             )
-        self._reserve_static_cache(prompt, grids, options)
         rewritten = prompt.pop("input_ids")
         output = super().generate(rewritten, generation_config, *args, **prompt)
         if chosen is not None and not isinstance(output, torch.Tensor):
@@ -307,19 +306,6 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
         else:
             prompt["mm_encoder_outputs"] = {"image": self.model.pool_image_features(images, grids)}
 
-    def _reserve_static_cache(self, prompt: dict, grids: list[list[tuple[int, int]]], options: "_Options") -> None:
-        """Makes a static cache long enough for the largest count: one compiled graph then decodes at all of them."""
-        new_tokens = options.get("max_new_tokens")
-        if (
-            "static" not in (options.get("cache_implementation") or "")
-            or options.get("max_cache_len")
-            or not new_tokens
-        ):
-            return
-        largest = max(self.config.vision_token_choices)
-        longer = (sum(max(largest - rows * columns, 0) for rows, columns in row) for row in grids)
-        prompt["max_cache_len"] = prompt["input_ids"].shape[1] + max(longer, default=0) + new_tokens
-
     def _note_cache(
         self,
         cache,
@@ -386,18 +372,16 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
     def _get_logits_processor(self, *args, device=None, **kwargs):
         # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.
         processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        processors.insert(0, _NoImageToken(self.config.image_token_id))
+        processors.insert(0, _NoImageToken(self.config.image_token_id, device or "cpu"))
         return processors
 
 
 class _NoImageToken(LogitsProcessor):
-    def __init__(self, image_token_id: int):
-        self.image_token_id = image_token_id
+    def __init__(self, image_token_id: int, device: torch.device | str):
+        self.column = torch.tensor(image_token_id, device=device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()  # `output_logits` shows them as they were
-        scores[..., self.image_token_id] = -math.inf
-        return scores
+        return scores.index_fill(-1, self.column, -math.inf)
 
 
 class _Options:

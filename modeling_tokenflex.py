@@ -236,8 +236,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def keep_image_features(self, max_images: int | None = 64) -> ImageFeatureCache | None:
         """
-        From now on keeps the vision tower's features of the images last used, and runs the tower only for others, wherever no
-        gradients are asked for: for conversations and several questions about the same images.
+        From now on keeps the vision tower's features of the images last used, and runs the tower only for others: for
+        conversations and several questions about the same images. In training, where gradients or the tower's inner states
+        are asked for, and in compiled code the tower always runs.
 
         Args:
             max_images (`int`, *optional*, defaults to 64): How many images' features to keep; `None` keeps none again.
@@ -302,7 +303,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             patch_features, outputs = self._run_tower(pixel_values, **kwargs)
         else:
             outputs = BaseModelOutputWithPooling()
-            patch_features = cache.encode(self.vision_tower, pixel_values, lambda new: self._run_tower(new)[0])
+            settings = (self.config.vision_feature_layer, self.config.num_prefix_tokens)
+            patch_features = cache.encode(
+                self.vision_tower, pixel_values, lambda new: self._run_tower(new)[0], settings
+            )
         if image_indices is not None:
             patch_features = patch_features[image_indices]
         image_outputs = self.pool_image_features(patch_features, grids)

@@ -1,7 +1,9 @@
 """The prefill of a batch whose rows have different numbers of vision tokens."""
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.distributed import is_fsdp_managed_module
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -10,15 +12,19 @@ from transformers.utils import ModelOutput
 
 
 MAX_PADDING = 0.05
+# A GPU reads the weights once for every pass, which takes as long as computing about so many tokens.
+MIN_TOKENS_ON_ACCELERATORS = 256
+_ALONG_SEQUENCE = ("position_ids", "mm_token_type_ids", "token_type_ids")
 
 
-def group_by_length(lengths: list[int], max_padding: float = MAX_PADDING) -> list[list[int]]:
+def group_by_length(lengths: list[int], min_tokens: int = 0) -> list[list[int]]:
     """
-    Rows that can share a batch without much padding: each is padded by no more than a fraction of its own length.
+    Rows that share a pass: each is padded by no more than 5 % of its own length, unless a pass of their own would take
+    longer than the padding.
 
     Args:
         lengths (`list[int]`): The number of tokens of each row.
-        max_padding (`float`, *optional*, defaults to 0.05): That fraction.
+        min_tokens (`int`, *optional*, defaults to 0): A pass over fewer tokens takes as long as one over so many.
 
     Returns:
         `list[list[int]]`: The rows of each group, the group of the longest rows first.
@@ -30,15 +36,27 @@ def group_by_length(lengths: list[int], max_padding: float = MAX_PADDING) -> lis
 
     >>> group_by_length([280, 90, 275, 88])
     [[0, 2], [1, 3]]
+    >>> group_by_length([280, 90, 275, 88], min_tokens=500)
+    [[0, 2, 1, 3]]
     ```
     """
+
+    def cost(rows: list[int]) -> int:
+        return max(len(rows) * lengths[rows[0]], min_tokens)
+
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if groups and lengths[groups[-1][0]] <= (1 + max_padding) * lengths[row]:
+        if groups and lengths[groups[-1][0]] <= (1 + MAX_PADDING) * lengths[row]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return groups
+    joined: list[list[int]] = []
+    for rows in groups:
+        if joined and cost(joined[-1] + rows) <= cost(joined[-1]) + cost(rows):
+            joined[-1] += rows
+        else:
+            joined.append(rows)
+    return joined
 
 
 class TokenFlexPrefillMixin(GenerationMixin):
@@ -51,101 +69,104 @@ class TokenFlexPrefillMixin(GenerationMixin):
         model_kwargs: dict,
         is_first_iteration: bool = True,
     ) -> ModelOutput:
-        groups = self._groups(input_ids, generation_config, model_kwargs) if is_first_iteration else []
+        groups = []
+        if is_first_iteration and _can_be_split(input_ids, generation_config, model_kwargs):
+            groups = self._group_rows(input_ids, model_kwargs["attention_mask"])
         if len(groups) < 2:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        cache, mask = model_kwargs["past_key_values"], model_kwargs["attention_mask"]
-        features = _features_by_row(input_ids, model_kwargs, self.config.image_token_id)
-        length = input_ids.shape[1]
-        logits, parts = None, []
+        features = model_kwargs["mm_encoder_outputs"]["image"].pooler_output
+        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
+        features = features.split((input_ids == self.config.image_token_id).sum(-1).tolist())
+        cache, length, logits = model_kwargs["past_key_values"], input_ids.shape[1], None
         for rows, longest in groups:
-            index = torch.tensor(rows, device=input_ids.device)
-            part = DynamicCache(config=self.config)
-            inputs = {
-                **model_kwargs,
-                "attention_mask": mask[index.to(mask.device), length - longest :],
-                "past_key_values": part,
-                "mm_encoder_outputs": {
-                    "image": BaseModelOutputWithPooling(pooler_output=torch.cat([features[row] for row in rows]))
-                },
-            }
-            for name in _ALONG_SEQUENCE:
+            index, part = torch.tensor(rows, device=input_ids.device), DynamicCache(config=self.config)
+            inputs = {**model_kwargs, "past_key_values": part}
+            for name in ("attention_mask", *_ALONG_SEQUENCE):
                 if inputs.get(name) is not None:
                     inputs[name] = inputs[name][index.to(inputs[name].device), length - longest :]
-            prepared = self.prepare_inputs_for_generation(
-                input_ids[index, length - longest :], is_first_iteration=True, **inputs
+            own_features = torch.cat([features[row] for row in rows])
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=own_features)}
+            outputs = self(
+                **self.prepare_inputs_for_generation(
+                    input_ids[index, length - longest :], is_first_iteration=True, **inputs
+                ),
+                return_dict=True,
             )
-            outputs = self(**prepared, return_dict=True)
             if logits is None:
                 logits = outputs.logits.new_empty((len(input_ids), *outputs.logits.shape[1:]))
             logits[index.to(logits.device)] = outputs.logits
-            parts.append((index, part))
-        _join_caches(cache, parts, len(input_ids), length)
+            _place_rows(cache, part, index, len(input_ids), length)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _groups(
-        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
+    def _group_rows(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> list[tuple[list[int], int]]:
-        """The rows of each group and their longest's length; nothing where the batch has to stay together."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if (
-            type(cache) is not DynamicCache
-            or not cache.layers
-            or any(type(layer) is not DynamicLayer for layer in cache.layers)
-            or cache.get_seq_length()
-            or cache.offloading
-            or not (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-            or model_kwargs.get("inputs_embeds") is not None
-            or model_kwargs.get("logits_to_keep") != 1
-            or mask is None
-            or mask.shape != input_ids.shape
-            or generation_config.prefill_chunk_size is not None
-            or generation_config.output_hidden_states
-            or generation_config.output_attentions
-            or _are_weights_shared_out(self)
-        ):
-            return []
+        """The rows of each group and their longest's length; nothing where all rows have to stay together."""
         counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
-        if len(set(counts)) < 2:
+        if len(set(counts)) < 2 or _needs_equal_passes(self) or _rotates_by_length(self.config.text_config):
             return []
-        if not mask[:, -1].all():  # padded on the right
-            return []
-        lengths = (mask.shape[1] - mask.long().argmax(-1)).tolist()
-        return [(rows, lengths[rows[0]]) for rows in group_by_length(lengths)]
+        lengths = (attention_mask.shape[1] - attention_mask.long().argmax(-1)).tolist()
+        min_tokens = 0 if input_ids.device.type == "cpu" else MIN_TOKENS_ON_ACCELERATORS
+        return [(rows, lengths[rows[0]]) for rows in group_by_length(lengths, min_tokens)]
 
 
-_ALONG_SEQUENCE = ("position_ids", "mm_token_type_ids", "token_type_ids")
+def _can_be_split(input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
+    """Whether nothing was asked for that one pass over all rows has to give."""
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    is_plain_cache = (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and bool(cache.layers)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and cache.get_seq_length() == 0
+    )
+    is_plain_prompt = (
+        model_kwargs.get("inputs_embeds") is None
+        and mask is not None
+        and mask.shape == input_ids.shape
+        and bool((model_kwargs.get("mm_encoder_outputs") or {}).get("image"))
+    )
+    return (
+        is_plain_cache
+        and is_plain_prompt
+        and model_kwargs.get("logits_to_keep") == 1
+        and generation_config.prefill_chunk_size is None
+        and not generation_config.output_hidden_states
+        and not generation_config.output_attentions
+    )
 
 
-def _features_by_row(input_ids: torch.LongTensor, model_kwargs: dict, image_token_id: int) -> tuple[torch.Tensor, ...]:
-    """The vision tokens of each row, tensors of shape `(num_vision_tokens, hidden_size)`."""
-    features = model_kwargs["mm_encoder_outputs"]["image"].pooler_output
-    features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
-    return features.split((input_ids == image_token_id).sum(-1).tolist())
-
-
-def _join_caches(
-    cache: DynamicCache, parts: list[tuple[torch.Tensor, DynamicCache]], batch_size: int, length: int
-) -> None:
-    """Fills an empty cache with the rows of several, padded on the left. Empties these as it goes."""
-    for number, layer in enumerate(cache.layers):
-        if not parts[0][1].layers[number].is_initialized:  # shares another layer's
-            continue
-        states = []
-        for name in ("keys", "values"):
-            joined = None
-            for index, part in parts:
-                state = getattr(part.layers[number], name)
-                if joined is None:
-                    joined = state.new_zeros(batch_size, state.shape[1], length, state.shape[3])
-                joined[index.to(state.device), :, length - state.shape[2] :] = state
-            states.append(joined)
-        for _, part in parts:
-            part.layers[number].reset()
-        layer.lazy_initialization(*states)
-        layer.keys, layer.values = states
-
-
-def _are_weights_shared_out(model) -> bool:
-    """Whether all processes have to make the same calls."""
+def _needs_equal_passes(model: nn.Module) -> bool:
+    """
+    Whether all processes have to make the same calls, weights would be moved to the device for every one of them, or
+    adapters were chosen for each row.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            return True
+        if isinstance(getattr(module, "disable_adapters", None), bool) and module._forward_pre_hooks:
+            return True
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
+def _rotates_by_length(text_config: PreTrainedConfig) -> bool:
+    """Whether the angles of rotary positions depend on how long the batch is."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in [parameters, *by_layer_type])
+
+
+def _place_rows(cache: DynamicCache, part: DynamicCache, rows: torch.LongTensor, batch_size: int, length: int) -> None:
+    """Writes what some rows have cached into the cache of all, padded on the left."""
+    for layer, own in zip(cache.layers, part.layers):
+        if not own.is_initialized:  # it shares another layer's
+            continue
+        if not layer.is_initialized:
+            layer.lazy_initialization(own.keys, own.values)
+            layer.keys, layer.values = (
+                state.new_zeros(batch_size, state.shape[1], length, state.shape[3]) for state in (own.keys, own.values)
+            )
+        rows = rows.to(own.keys.device)
+        layer.keys[rows, :, length - own.keys.shape[2] :] = own.keys
+        layer.values[rows, :, length - own.values.shape[2] :] = own.values

@@ -287,7 +287,7 @@ def build_app(
         max_megapixels (`float`, *optional*, defaults to 64): How large a request's images may be together.
         max_images (`int`, *optional*, defaults to 32): How many images a request may have.
         keep_images (`int`, *optional*):
-            How many images' tower features to keep for later turns and other questions. Defaults to none.
+            How many images' tower features to keep for later turns and other questions. Defaults to none, as does 0.
         model_options: As for `from_pretrained`.
 
     Returns:
@@ -300,7 +300,7 @@ def build_app(
         raise ValueError(f"`model_name_or_path`={model_name_or_path!r}: no such folder, and no id of the Hub's form.")
     processor = AutoProcessor.from_pretrained(model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **{"device_map": "auto", **model_options})
-    model.keep_image_features(keep_images)
+    model.keep_image_features(keep_images or None)
     images = ImageReader(max_megapixels, max_images)
     handler = ChatHandler(model_name_or_path, model.eval(), processor, images, num_vision_tokens)
     app = FastAPI(title="tokenflex", openapi_url=None)

@@ -1,5 +1,8 @@
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -117,6 +120,89 @@ def test_other_adapters_mean_other_features(model_and_towers_images, processor):
     assert len(calls) == 3
 
 
+def test_other_scales_layers_and_dtypes_mean_other_features(model_and_towers_images, processor):
+    model, calls = model_and_towers_images
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*vision_tower.*q_proj", init_lora_weights=False))
+    adapted.add_adapter("other", LoraConfig(target_modules=r".*vision_tower.*q_proj", init_lora_weights=False))
+    adapted.eval()
+    inputs = encode(processor, IMAGES[:1])
+    layers = [module for module in adapted.modules() if hasattr(module, "scale_layer")]
+
+    def set_layer(number):
+        model.config.vision_feature_layer = number
+
+    changes = [
+        lambda: [layer.scale_layer(3.0) for layer in layers],
+        lambda: adapted.set_adapter("other"),
+        lambda: set_layer(-2),
+        lambda: set_layer(-1),
+    ]
+    cache = adapted.keep_image_features()
+    for change in changes:
+        answer(adapted, inputs)
+        change()
+        kept = answer(adapted, inputs)
+        cache.clear()
+        assert_same(kept, answer(adapted, inputs))
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        answer(adapted, inputs)
+    assert answer(adapted, inputs)[0].dtype == torch.long
+    assert len(calls) == 2
+
+
+def test_adapters_chosen_by_row_are_not_kept(model_and_towers_images, processor):
+    model, _ = model_and_towers_images
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*vision_tower.*q_proj", init_lora_weights=False))
+    adapted.eval()
+    inputs = encode(processor, IMAGES[:2])
+    expected = answer(adapted, inputs, adapter_names=["__base__", "default"])
+    cache = adapted.keep_image_features()
+    answer(adapted, encode(processor, IMAGES[:1]))
+    assert_same(answer(adapted, inputs, adapter_names=["__base__", "default"]), expected)
+    assert len(cache) == 1
+
+
+def test_offloaded_towers_are_not_kept(model_and_towers_images, processor):
+    model, calls = model_and_towers_images
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    cache = model.keep_image_features()
+    for _ in range(2):
+        answer(model, encode(processor, IMAGES[:1]))
+    assert (len(calls), len(cache)) == (2, 0)
+
+
+def test_a_failed_run_forgets_nothing():
+    tower, cache = torch.nn.Linear(1, 1), ImageFeatureCache(max_images=4)
+    images = torch.rand(3, 3, 4, 4)
+    cache.encode(tower, images[:2], lambda new: new.flatten(2))
+
+    def fail(new):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.encode(tower, images, fail)
+    assert (len(cache), cache.misses) == (2, 2)
+    assert torch.equal(cache.encode(tower, images[:2], fail), images[:2].flatten(2))
+
+
+def test_threads_share_a_cache():
+    weight = torch.nn.Linear(1, 1)
+    cache = ImageFeatureCache(max_images=3)
+    images = torch.rand(8, 3, 4, 4)
+
+    def ask(seed):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:4]
+        if seed % 5 == 0:
+            cache.clear()
+        got = cache.encode(weight, images[order], lambda new: new.flatten(2), settings=seed % 3)
+        return torch.equal(got, images[order].flatten(2))
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(ask, range(600)))
+    assert len(cache) <= 3
+
+
 def test_nothing_is_kept_where_gradients_or_inner_states_are_asked_for(model_and_towers_images, processor):
     model, calls = model_and_towers_images
     cache = model.keep_image_features()
@@ -156,10 +242,13 @@ def test_content_decides_in_any_dtype(dtype):
 
 def test_a_model_that_keeps_features_can_be_copied_and_saved(model_and_towers_images, processor, tmp_path):
     model, _ = model_and_towers_images
-    model.keep_image_features()
+    cache = model.keep_image_features()
     inputs = encode(processor, IMAGES[:1])
     expected = answer(model, inputs)
     assert_same(answer(copy.deepcopy(model), inputs), expected)
+    assert len(cache) == 1
+    restored = pickle.loads(pickle.dumps(cache))
+    assert (len(restored), restored.max_images) == (0, cache.max_images)
     model.save_pretrained(tmp_path)
     assert_same(answer(type(model).from_pretrained(tmp_path).eval(), inputs), expected)
 

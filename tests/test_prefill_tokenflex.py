@@ -1,15 +1,18 @@
 import copy
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from tokenflex.prefill_tokenflex import group_by_length
 from tokenflex.training.synthetic import draw_scene
+from tokenflex.training.tiny import tiny_model_and_processor
 
 
 IMAGES = [draw_scene(3, index).image for index in range(6)]
@@ -41,17 +44,20 @@ def calls(tiny):
     hook.remove()
 
 
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=30), st.floats(0, 0.5))
-def test_no_row_is_padded_much(lengths, max_padding):
-    groups = group_by_length(lengths, max_padding)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=30), st.sampled_from([0, 100, 10_000]))
+def test_no_row_is_padded_much_unless_that_is_quicker(lengths, min_tokens):
+    groups = group_by_length(lengths, min_tokens)
     assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
     for rows in groups:
         longest = max(lengths[row] for row in rows)
         assert lengths[rows[0]] == longest
-        assert all(longest <= (1 + max_padding) * lengths[row] for row in rows)
-    # Neighbouring groups could not have been one.
-    for longer, shorter in zip(groups, groups[1:]):
-        assert lengths[longer[0]] > (1 + max_padding) * lengths[shorter[0]]
+        if not min_tokens:
+            assert all(longest <= 1.05 * lengths[row] for row in rows)
+    costs = [
+        sum(max(lengths[rows[0]] * len(rows), min_tokens) for rows in found)
+        for found in (groups, group_by_length(lengths))
+    ]
+    assert costs[0] <= costs[1]
 
 
 def test_a_mixed_batch_costs_the_sum_of_its_parts(tiny):
@@ -87,7 +93,7 @@ def test_apart_or_padded_the_answers_are_the_same(tiny, monkeypatch, options):
     inputs = encode(processor, range(6))
     torch.manual_seed(0)
     apart = generate(model, inputs, **options)
-    monkeypatch.setattr(type(model), "_groups", lambda *_: [])
+    monkeypatch.setattr(type(model), "_group_rows", lambda *_: [])
     torch.manual_seed(0)
     padded = generate(model, inputs, **options)
     assert torch.equal(apart.sequences, padded.sequences)
@@ -156,12 +162,60 @@ def test_sliding_windows_stay_together(tiny, calls):
     assert calls[0][0] == 6
 
 
-def test_rows_padded_on_the_right_stay_together(tiny, calls):
+def test_rows_padded_on_either_side_give_what_they_give_together(tiny, monkeypatch):
     model, processor = tiny
-    inputs = encode(processor, [0, 1])
+    inputs = encode(processor, range(6))
     mask = inputs["attention_mask"]
-    order = torch.argsort(mask, dim=-1, descending=True, stable=True)
-    inputs["input_ids"] = inputs["input_ids"].gather(1, order)
-    inputs["attention_mask"] = mask.gather(1, order)
-    generate(model, inputs)
-    assert calls[0][0] == 2
+    order = torch.arange(mask.shape[1]).repeat(6, 1)
+    order[1] = torch.argsort(mask[1], descending=True, stable=True)
+    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"].gather(1, order), mask.gather(1, order)
+    apart = generate(model, inputs)
+    monkeypatch.setattr(type(model), "_group_rows", lambda *_: [])
+    together = generate(model, inputs)
+    torch.testing.assert_close(torch.stack(apart.logits), torch.stack(together.logits), atol=1e-4, rtol=0)
+
+
+def test_rows_of_several_images_or_none_answer_as_alone(tiny, calls):
+    model, processor = tiny
+    text = [processor.image_token * 2 + "hi", "which color is it?", processor.image_token + "hi"]
+    options = {"padding": True, "return_tensors": "pt"}
+    together = generate(model, processor(images=IMAGES[:3], text=text, num_vision_tokens=[16, 4, 36], **options))
+    assert calls[0][0] < 3
+    alone = [
+        generate(model, processor(images=images, text=one, num_vision_tokens=counts, **options))
+        for images, one, counts in [(IMAGES[:2], text[0], [16, 4]), (None, text[1], None), (IMAGES[2:3], text[2], 36)]
+    ]
+    for row, one in enumerate(alone):
+        torch.testing.assert_close(
+            torch.stack(together.logits)[:, row], torch.stack(one.logits)[:, 0], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length_keep_rows_together(tiny, calls, monkeypatch, rope_type):
+    model, processor = tiny
+    parameters = {**model.config.text_config.rope_parameters, "rope_type": rope_type}
+    monkeypatch.setattr(model.config.text_config, "rope_parameters", parameters)
+    generate(model, encode(processor, range(6)))
+    assert calls[0][0] == 6
+
+
+def test_adapters_chosen_by_row_keep_rows_together():
+    model, processor = tiny_model_and_processor()
+    adapted = get_peft_model(
+        model.eval(), LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    ).eval()
+    names = ["default", "__base__", "default"]
+    inputs = encode(processor, range(3))
+    together = generate(adapted, {**inputs, "adapter_names": names})
+    base = generate(model, {**encode(processor, [0])})  # the adapter is on
+    torch.testing.assert_close(torch.stack(together.logits)[:, :1], torch.stack(base.logits), atol=1e-4, rtol=0)
+
+
+def test_offloaded_weights_are_moved_once(tiny, calls):
+    model, processor = tiny_model_and_processor()
+    moved = []
+    accelerate.cpu_offload(model.eval(), torch.device("cpu"))
+    model.model.language_model.register_forward_pre_hook(lambda *_: moved.append(1))
+    generate(model, encode(processor, range(6)), max_new_tokens=1, min_new_tokens=1)
+    assert moved == [1]
