@@ -36,7 +36,7 @@ def group_by_length(lengths: list[int], min_tokens: int = 0) -> list[list[int]]:
 
     >>> group_by_length([280, 90, 275, 88])
     [[0, 2], [1, 3]]
-    >>> group_by_length([280, 90, 275, 88], min_tokens=500)
+    >>> group_by_length([280, 90, 275, 88], min_tokens=1000)
     [[0, 2, 1, 3]]
     ```
     """
@@ -138,9 +138,13 @@ def _can_be_split(input_ids: torch.LongTensor, generation_config: GenerationConf
 
 def _needs_equal_passes(model: nn.Module) -> bool:
     """
-    Whether all processes have to make the same calls, weights would be moved to the device for every one of them, or
-    adapters were chosen for each row.
+    Whether all processes have to make the same calls, weights would be moved to the device for every one of them,
+    adapters were chosen for each row, or another `forward` stands in the place of the model's own, such as one that
+    exporters watch or that is compiled.
     """
+    replaced = vars(model).get("forward")
+    if getattr(replaced, "__func__", replaced) not in (None, type(model).forward) and not hasattr(model, "_hf_hook"):
+        return True
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):

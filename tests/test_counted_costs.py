@@ -73,7 +73,7 @@ def test_images_are_not_encoded_one_by_one(tiny, count):
     assert counted[0] == counted[1]
 
 
-def test_a_prompt_is_written_twice_before_the_language_model_reads_it(tiny):
+def test_a_prompt_is_written_thrice_before_the_language_model_reads_it(tiny):
     model, processor = tiny
     inputs = encode(processor, [2, 3, 1])
     size = inputs["input_ids"].numel() * model.config.text_config.hidden_size
@@ -83,7 +83,7 @@ def test_a_prompt_is_written_twice_before_the_language_model_reads_it(tiny):
     with torch.no_grad(), operations:
         model(**inputs)
     hook.remove()
-    assert [name for name, numel in seen if numel == size] == ["embedding", "masked_scatter"]
+    assert [name for name, numel in seen if numel == size] == ["embedding", "embedding", "where"]
 
 
 def test_pooling_comes_before_widening_and_the_head_reads_last_tokens_only(tiny):

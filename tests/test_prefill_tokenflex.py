@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import accelerate
 import pytest
@@ -189,6 +190,20 @@ def test_rows_of_several_images_or_none_answer_as_alone(tiny, calls):
         torch.testing.assert_close(
             torch.stack(together.logits)[:, row], torch.stack(one.logits)[:, 0], atol=1e-4, rtol=0
         )
+
+
+def test_a_forward_in_the_models_place_sees_one_prefill(tiny, monkeypatch):
+    model, processor = tiny
+    shapes, own = [], model.forward
+
+    @functools.wraps(own)
+    def watched(**inputs):
+        shapes.append(len(inputs["input_ids"]))
+        return own(**inputs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    generate(model, encode(processor, range(6)))
+    assert shapes == [6] * 4
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
