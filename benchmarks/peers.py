@@ -6,7 +6,7 @@ TokenFLEX beside transformers' InternVL, LLaVA-OneVision and Qwen3-VL, measured 
         --batch_sizes 1 8 --images 1 --stages tower projector prefill first_token memory
     python benchmarks/peers.py --output_dir outputs/bench-0.5b --size so400m-0.5b --peers --extras scaling --batch_sizes 1
 
-The first takes about 20 minutes on two quiet cores. Each writes `results.json`, the table `results.md` and the plot
+The first takes about 27 minutes on two quiet cores. Each writes `results.json`, the table `results.md` and the plot
 `results.png`. The last line printed is one JSON object.
 
 What is compared is a pair: a peer, and a TokenFLEX of the same shapes over the same patches, images and prompts, at the
