@@ -96,7 +96,8 @@ def num_values(module) -> int:
 
 def draw_inputs(config: TokenFlexConfig, batch_size: int, num_images: int, count: int, text_tokens: int) -> dict:
     size = config.vision_config.image_size
-    input_ids = torch.randint(0, 100, (batch_size, num_images * count + text_tokens))
+    input_ids = torch.randint(0, 99, (batch_size, num_images * count + text_tokens))
+    input_ids += input_ids >= config.image_token_id  # text holds none
     input_ids[:, 1 : 1 + num_images * count] = config.image_token_id
     pixels = torch.rand(batch_size * num_images, 3, size, size)
     return {"input_ids": input_ids, "pixel_values": pixels, "num_vision_tokens": count}
