@@ -7,21 +7,21 @@ from . import __version__
 
 
 VERBS = {
-    "init": ("training.init", "make a new tiny checkpoint for a data set of one's own"),
-    "build": ("towers", "join a pretrained vision tower and language model to a new checkpoint"),
+    "init": ("towers.init", "make a new tiny checkpoint for a data set of one's own"),
+    "build": ("towers.build", "join a pretrained vision tower and language model to a new checkpoint"),
     "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
-    "eval": ("evaluation.evaluate", "score a checkpoint on a data set at every vision-token count"),
+    "eval": ("evaluation.evaluator", "score a checkpoint on a data set at every vision-token count"),
     "calibrate": ("evaluation.calibrate", "teach a checkpoint to choose its count for each question"),
     "paper-table": ("evaluation.paper_table", "put harnesses' scores beside the paper's"),
     "reproduce": (
-        "experiment.reproduce",
+        "research.reproduce",
         "run the paper's experiment in small: fixed models, flexible ones, baselines",
     ),
     "push": ("hub.push", "publish a checkpoint on the Hub with a model card made from its evaluation"),
-    "serve": ("serve", "answer OpenAI-style requests over HTTP, with a count for each"),
-    "demo": ("demo", "open a page to try a checkpoint at several counts side by side"),
-    "generate": ("generate", "answer a question about an image at one or several counts"),
-    "quickstart": ("quickstart", "train, evaluate and try the embedded tiny model, start to end"),
+    "serve": ("inference.serve", "answer OpenAI-style requests over HTTP, with a count for each"),
+    "demo": ("inference.page", "open a page to try a checkpoint at several counts side by side"),
+    "generate": ("inference.ask", "answer a question about an image at one or several counts"),
+    "quickstart": ("training.quickstart", "train, evaluate and try the embedded tiny model, start to end"),
 }
 
 

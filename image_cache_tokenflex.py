@@ -30,7 +30,7 @@ class ImageFeatureCache:
 
     ```python
     >>> import torch
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> model, _ = tiny_model_and_processor()
     >>> cache = model.eval().keep_image_features(max_images=8)

@@ -601,7 +601,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
 
     ```python
     >>> from PIL import Image
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> model, processor = tiny_model_and_processor()  # random weights; yours come from `from_pretrained`
     >>> messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which color is it?"}]}]

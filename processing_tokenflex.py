@@ -133,7 +133,7 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
 
     ```python
     >>> from PIL import Image
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> _, processor = tiny_model_and_processor()
     >>> image, text = Image.new("RGB", (64, 64)), "<|image_pad|> which color is it?"
@@ -261,7 +261,7 @@ class TokenFlexProcessor(ProcessorMixin, VideosAsImagesMixin):
         Example:
 
         ```python
-        >>> from tokenflex.training.tiny import tiny_model_and_processor
+        >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
         >>> _, processor = tiny_model_and_processor()
         >>> processor.count_vision_tokens([(480, 640), (1024, 64)], num_vision_tokens=16)

@@ -6,6 +6,8 @@ from setuptools.command.build_py import build_py
 
 
 ROOT = Path(__file__).parent
+ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
+ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
 
 
 class BuildPackage(build_py):
@@ -24,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"tokenflex": "."},
-    packages=["tokenflex", "tokenflex.training", "tokenflex.evaluation", "tokenflex.experiment", "tokenflex.hub"],
+    packages=["tokenflex", *(f"tokenflex.{room}" for room in ROOMS)],
     package_data={"tokenflex.hub": ["card.md"], "tokenflex.training": ["recipes/*/*.yaml", "accelerate/*.yaml"]},
     cmdclass={"build_py": BuildPackage},
     install_requires=[
@@ -81,6 +83,6 @@ setup(
     entry_points={
         "console_scripts": ["tokenflex=tokenflex.cli:main"],
         "lmms_eval.models": ["tokenflex=tokenflex.evaluation.lmms_eval_plugin:manifests"],
-        "vllm.general_plugins": ["tokenflex=tokenflex.vllm_plugin:register"],
+        "vllm.general_plugins": ["tokenflex=tokenflex.inference.vllm_plugin:register"],
     },
 )

@@ -30,7 +30,7 @@ from training_runs import COUNTS, WEIGHTS, print_table
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from tokenflex import TokenFlexConfig
-from tokenflex.files import write_file
+from tokenflex.checkpoints.files import write_file
 
 
 # Hidden size, MLP size, layers, heads, key-value heads, vocabulary, tied embeddings: the published configurations.

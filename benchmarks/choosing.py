@@ -23,11 +23,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import tokenflex  # noqa: F401  (makes the Auto classes know the model)
 from tokenflex.choosing_tokenflex import smallest_sufficient
 from tokenflex.conversation_tokenflex import mask_padding_of_answers
+from tokenflex.data.loading import load_rows
 from tokenflex.evaluation.calibrate import Observations, fit_head, foresee
+from tokenflex.evaluation.intervals import paired_test
 from tokenflex.evaluation.metrics import exact_match
-from tokenflex.evaluation.statistics import paired_test
 from tokenflex.evaluation.sweep import encode_questions
-from tokenflex.training.datasets import load_rows
 
 
 GRID = np.linspace(0, 1, 501)

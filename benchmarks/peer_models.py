@@ -49,7 +49,7 @@ from transformers.image_utils import SizeDict
 from transformers.modeling_utils import local_torch_dtype
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
-from tokenflex.training.tiny import END_TOKEN, PAD_TOKEN, START_TOKEN, train_tokenizer
+from tokenflex.towers.tiny import END_TOKEN, PAD_TOKEN, START_TOKEN, train_tokenizer
 
 
 IMAGE_TOKEN = "<|image_pad|>"

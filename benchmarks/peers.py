@@ -53,7 +53,7 @@ from peer_stages import (
 )
 from training_runs import describe_machine, summarize
 
-from tokenflex.files import write_file
+from tokenflex.checkpoints.files import write_file
 
 
 COUNTS = (64, 144, 256)

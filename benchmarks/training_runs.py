@@ -21,9 +21,9 @@ from PIL import Image
 from transformers import Qwen2Config, SiglipImageProcessorPil, SiglipVisionConfig
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
+from tokenflex.data.synthetic import SyntheticVQA, draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.synthetic import SyntheticVQA, draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.trainer import TokenFlexTrainer
 
 

@@ -14,21 +14,22 @@ CORE = " ".join(
     f"{name}_tokenflex"
     for name in ("configuration", "modeling", "processing", "placeholders", "packing", "image_cache")
 )
-TRAINING = (
-    "collator callback trainer publishing arguments train datasets data sampling optimization lora synthetic tiny"
-)
+FILES = "checkpoints.files towers.build checkpoints.provenance inference.ask"
+COLLATOR = "collator callback trainer publishing arguments train"
+DATA = "data.loading data.examples training.sampling training.optimization training.lora data.synthetic towers.tiny"
+SCORES = "evaluator sweep metrics hub_metrics intervals cost calibrate report"
 PAGES = {
-    "core": ("tokenflex", f"{CORE} files towers provenance generate"),
-    "training": ("tokenflex.training", TRAINING),
-    "evaluation": ("tokenflex.evaluation", "evaluate sweep metrics hub_metrics statistics cost calibrate report"),
-    "hub": ("tokenflex.hub", "card checkpoint push"),
+    "core": f"{CORE} {FILES}",
+    "training": " ".join(f"training.{name}" for name in COLLATOR.split()) + f" {DATA}",
+    "evaluation": " ".join(f"evaluation.{name}" for name in SCORES.split()),
+    "hub": "hub.card hub.checkpoint hub.push",
 }
 
 
 def public_names(page: str) -> dict:
     """What a page's modules make public: their `__all__`, else what they define, command lines left out."""
     found = {}
-    for module in [importlib.import_module(f"{PAGES[page][0]}.{name}") for name in PAGES[page][1].split()]:
+    for module in [importlib.import_module(f"tokenflex.{name}") for name in PAGES[page].split()]:
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         own = [name for name in own if name not in ("main", "make_parser", "calibrate_checkpoint") and name[0] != "_"]
         found |= {name: getattr(module, name) for name in getattr(module, "__all__", own)}

@@ -1,6 +1,6 @@
 """Evaluation with the vision-token count as an axis."""
 
-from .evaluate import evaluate
+from .evaluator import evaluate
 from .metrics import exact_match
 from .report import save_report
 from .sweep import predict, score

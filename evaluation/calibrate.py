@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
+from ..checkpoints.files import PROVENANCE_NAME, save_checkpoint, write_file
+from ..checkpoints.provenance import add_stage, public_names, read_provenance
 from ..choosing_tokenflex import smallest_sufficient
-from ..files import PROVENANCE_NAME, save_checkpoint, write_file
-from ..provenance import add_stage, public_names, read_provenance
-from ..training.datasets import SourceArguments, load_rows
+from ..data.loading import SourceArguments, load_rows
 from .metrics import exact_match
 from .sweep import answer_questions, encode_questions
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..choosing_tokenflex import NAMED_COUNTS
 from ..conversation_tokenflex import mask_padding_of_answers
-from ..training.data import decode_image
+from ..data.examples import decode_image
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import write_file
+from ..checkpoints.files import write_file
 
 
 # TokenFLEX's rows of the main table of arXiv 2504.03154.

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
-from ..files import write_file  # noqa: E402
+from ..checkpoints.files import write_file  # noqa: E402
 
 
 COSTS = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ..data.examples import Example, to_example
 from ..training.collator import place_images
-from ..training.data import Example, to_example
 from .metrics import get_metric, normalise
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401 - registers the Auto classes
-from tokenflex.training.data import decode_image
+from tokenflex.data.examples import decode_image
 
 
 def parse_args() -> argparse.Namespace:

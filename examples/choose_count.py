@@ -10,9 +10,9 @@ import argparse
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tokenflex.data.loading import load_rows
 from tokenflex.evaluation import evaluate
 from tokenflex.evaluation.report import markdown_table
-from tokenflex.training.datasets import load_rows
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.loading import load_rows
 from tokenflex.training import TokenFlexDataCollator
-from tokenflex.training.datasets import load_rows
 from tokenflex.training.lora import add_adapters, lora_config, merge_adapters
 
 

@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import AutoConfig
 
+from ..checkpoints.provenance import is_hub_id, read_provenance
 from ..evaluation.report import markdown_table
-from ..provenance import is_hub_id, read_provenance
 from .checkpoint import count_parameters
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..files import replace_directory, write_file
+from ..checkpoints.files import replace_directory, write_file
 from .card import build_card, eval_results_yaml, read_evaluation
 from .checkpoint import checkpoint_files
 

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
-from tokenflex.training.tiny import tiny_model_and_processor  # noqa: E402
+from tokenflex.towers.tiny import tiny_model_and_processor  # noqa: E402
 
 
 @pytest.fixture(scope="session")

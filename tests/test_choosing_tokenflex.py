@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
+from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.choosing_tokenflex import smallest_sufficient
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.data.synthetic import draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 CHOICES = [4, 16, 36]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.cli import VERBS, main
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.data.synthetic import SyntheticVQA
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -48,7 +48,7 @@ words = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Zs"]), 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arguments_reach_the_verb_as_given(monkeypatch, arguments):
     received = []
-    monkeypatch.setattr(importlib.import_module("tokenflex.generate"), "main", received.append)
+    monkeypatch.setattr(importlib.import_module("tokenflex.inference.ask"), "main", received.append)
     main(["generate", *arguments])
     assert received == [arguments]
 

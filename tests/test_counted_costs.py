@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from tokenflex import recount_vision_tokens
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.data.synthetic import draw_scene
 
 
 # What makes the host wait for the device.

@@ -11,8 +11,8 @@ from transformers import HfArgumentParser, Qwen2ForCausalLM
 
 import tokenflex
 from tokenflex import cli
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ MODULES = sorted(
         *(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "__main__", "setup")),
         *(
             f"{package}.{found.name}"
-            for package in ("evaluation", "hub", "training")
+            for package in ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
             for found in pkgutil.iter_modules([str(ROOT / package)])
         ),
     ]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.evaluation import predict
-from tokenflex.files import save_checkpoint
-from tokenflex.generate import answer
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.inference.ask import answer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

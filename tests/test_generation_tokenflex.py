@@ -20,8 +20,8 @@ from transformers import (
     pipeline,
 )
 
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.data.synthetic import draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 COUNTS = [4, 16, 36, 64, (2, 5)]

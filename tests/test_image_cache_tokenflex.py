@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tokenflex import ImageFeatureCache
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.data.synthetic import draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 IMAGES = [draw_scene(5, index).image for index in range(4)]

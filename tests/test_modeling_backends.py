@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, TorchAoC
 from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_multimodal
 
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 IMAGES = [draw_scene(5, index).image for index in range(3)]

@@ -10,9 +10,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 IMAGES = [draw_scene(7, index).image for index in range(6)]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
 
 
 nbformat = pytest.importorskip("nbformat")

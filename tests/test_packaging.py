@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import tokenflex
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
 
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77")
@@ -98,7 +98,7 @@ def installed(wheel, tmp_path_factory):
 def test_wheel_holds_the_packages_and_nothing_else(source, wheel):
     modules = {path for path in source.glob("*.py") if path.name not in NOT_PACKAGED}
     folders = [path.parent for path in source.glob("*/__init__.py")]
-    assert {"training", "evaluation", "experiment"} <= {folder.name for folder in folders}
+    assert {"training", "evaluation", "research"} <= {folder.name for folder in folders}
     expected = modules | {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     expected = {f"tokenflex/{path.relative_to(source).as_posix()}" for path in expected if path.suffix != ".pyc"}
     found = {name for name in files_of(wheel) if ".dist-info/" not in name}

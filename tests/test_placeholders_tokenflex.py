@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflex import recount_vision_tokens
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.data.synthetic import draw_scene
 
 
 COUNTS = [4, 16, 36, 64, (2, 5)]

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.prefill_tokenflex import group_by_length
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 IMAGES = [draw_scene(3, index).image for index in range(6)]

@@ -11,6 +11,7 @@ from tokenflex import evaluation, training
 
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
 REFERENCE = runpy.run_path(str(ROOT / "docs/build_reference.py"))
 PUBLIC = {
     f"{found.__module__}.{name}": found
@@ -105,7 +106,7 @@ def raised_messages():
             return "".join(map(pattern, node.values))
         return pattern(node.left) + pattern(node.right) if isinstance(node, ast.BinOp) else ".*"
 
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("training/*.py"), *ROOT.glob("evaluation/*.py")]:
+    for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in ROOT.glob(f"{room}/*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 message = pattern(node.exc.args[0])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.data.synthetic import draw_scene
 
 
 IMAGES = [draw_scene(11, index).image for index in range(6)]

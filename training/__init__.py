@@ -1,7 +1,7 @@
 """Training at drawn vision-token counts."""
 
+from ..data.examples import to_example
 from .collator import TokenFlexDataCollator
-from .data import to_example
 from .sampling import draw_num_vision_tokens
 
 

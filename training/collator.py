@@ -10,9 +10,9 @@ from ..configuration_tokenflex import (
     resolve_vision_token_grid,
     resolve_vision_token_grids,
 )
+from ..data.examples import Example, to_example
 from ..placeholders_tokenflex import first_placeholders, recount_vision_tokens
 from .callback import VisionTokenCallback
-from .data import Example, to_example
 from .packing import pack_rows, stack_rows
 from .sampling import draw_num_vision_tokens
 from .schemes import SCHEMES
@@ -63,8 +63,8 @@ class TokenFlexDataCollator:
 
     ```python
     >>> from tokenflex.training import TokenFlexDataCollator
-    >>> from tokenflex.training.synthetic import SyntheticVQA
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.data.synthetic import SyntheticVQA
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> model, processor = tiny_model_and_processor()
     >>> collator = TokenFlexDataCollator(processor, vision_token_choices=[4, 16], vision_token_weights=[0.5, 0.5])

@@ -39,7 +39,7 @@ def lora_config(
 
     ```python
     >>> from tokenflex.training.lora import lora_config
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> model, processor = tiny_model_and_processor()
     >>> lora_config(model).target_modules.split("|")[0]
@@ -83,7 +83,7 @@ def add_adapters(model: TokenFlexForConditionalGeneration, config):
 
     ```python
     >>> from tokenflex.training.lora import add_adapters, lora_config
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> model, processor = tiny_model_and_processor()
     >>> adapted = add_adapters(model, lora_config(model, rank=8))
@@ -116,7 +116,7 @@ def merge_adapters(
 
     Returns:
         [`TokenFlexForConditionalGeneration`]: A model without adapters, to be saved with
-        [`~tokenflex.files.save_checkpoint`].
+        [`~tokenflex.checkpoints.files.save_checkpoint`].
 
     Raises:
         ValueError: If `base` is a quantised checkpoint.
@@ -126,7 +126,7 @@ def merge_adapters(
     ```python
     >>> import tempfile
     >>> from tokenflex.training.lora import add_adapters, lora_config, merge_adapters
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
 
     >>> base, adapter = tempfile.mkdtemp(), tempfile.mkdtemp()
     >>> model, processor = tiny_model_and_processor()

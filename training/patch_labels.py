@@ -8,7 +8,7 @@ listen to it: without this stage the model answers near chance after minutes.
 import torch
 from torch import nn
 
-from .synthetic import LABEL_KINDS, LABEL_SIZE, TOWER_SCENES, draw_scene
+from ..data.synthetic import LABEL_KINDS, LABEL_SIZE, TOWER_SCENES, draw_scene
 
 
 class PatchLabelModel(nn.Module):

@@ -8,10 +8,10 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..files import PROVENANCE_NAME, write_file
+from ..checkpoints.files import PROVENANCE_NAME, write_file
+from ..checkpoints.provenance import add_stage, read_provenance
 from ..hub.card import slugify
 from ..hub.push import push_checkpoint
-from ..provenance import add_stage, read_provenance
 
 
 logger = logging.get_logger(__name__)
@@ -128,7 +128,7 @@ class PublishingMixin:
         Returns:
             `list[Path]`: A folder for each set; none if there is no set, or weights are shared out between processes.
         """
-        from ..evaluation.evaluate import (
+        from ..evaluation.evaluator import (
             evaluate,  # which reads data as training does, so that each would need the other
         )
         from ..evaluation.report import save_report

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..files import write_file
+from ..checkpoints.files import write_file
 from .arguments import TokenFlexTrainingArguments
 
 

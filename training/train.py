@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..files import save_checkpoint
-from ..provenance import public_names, read_provenance
+from ..checkpoints.files import save_checkpoint
+from ..checkpoints.provenance import public_names, read_provenance
+from ..data.loading import DataArguments, load_rows
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
 from .collator import TokenFlexDataCollator
-from .datasets import DataArguments, load_rows
 from .lora import add_adapters, lora_config, merge_adapters, nf4_config
 from .resume import begin_run, check_same_model, describe_run, end_run, find_checkpoint, has_ended
 from .trainer import TokenFlexTrainer, clean_up

@@ -60,8 +60,8 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
 
     ```python
     >>> from tokenflex.training.arguments import TokenFlexTrainingArguments
-    >>> from tokenflex.training.synthetic import SyntheticVQA
-    >>> from tokenflex.training.tiny import tiny_model_and_processor
+    >>> from tokenflex.data.synthetic import SyntheticVQA
+    >>> from tokenflex.towers.tiny import tiny_model_and_processor
     >>> from tokenflex.training.trainer import TokenFlexTrainer
 
     >>> model, processor = tiny_model_and_processor()

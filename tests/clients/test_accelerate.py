@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA, draw_scene
 from tokenflex.training import TokenFlexDataCollator
-from tokenflex.training.synthetic import SyntheticVQA, draw_scene
 
 
 IMAGES = [draw_scene(5, index).image for index in range(3)]

@@ -1,11 +1,11 @@
-"""`datasets` streams of one's own, without `tokenflex.training.datasets`."""
+"""`datasets` streams of one's own, without `tokenflex.data.loading`."""
 
 import datasets
 import pytest
 import torch
 
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.training import TokenFlexDataCollator
-from tokenflex.training.synthetic import draw_scene
 
 
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.data.synthetic import draw_scene
 
 
 pytest.importorskip("onnx")

@@ -3,8 +3,8 @@
 import pytest
 from transformers import pipeline
 
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 
 
 IMAGES = [draw_scene(7, index).image for index in range(3)]

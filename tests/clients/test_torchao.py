@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, TorchAoConfig
 
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 
 
 quantization = pytest.importorskip("torchao.quantization")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation.calibrate import Observations, calibrate, fit_head, foresee, main, observe, trace
 from tokenflex.evaluation.sweep import predict, score
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 def made_up(num_questions=2000, hidden_size=12, seed=0):

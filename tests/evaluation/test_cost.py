@@ -2,10 +2,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import cost
 from tokenflex.evaluation.cost import measure_cost
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.evaluation.harness import HarnessModel
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
-from tokenflex.training.tiny import tiny_model_and_processor
+from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 CHOICES = [4, 16, 36]

@@ -7,10 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.evaluation import lmms_eval_model, lmms_eval_plugin
 from tokenflex.evaluation.lmms_eval_model import read_generation_kwargs
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
 
 
 COUNTS = [4, 36, "2x5", None]

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from tokenflex.evaluation.evaluate import main
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.evaluation.evaluator import main
 from tokenflex.evaluation.progress import predict_on_and_on, read_partial
 from tokenflex.evaluation.report import COSTS
 from tokenflex.evaluation.sweep import predict
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import SyntheticVQA
 
 
 ROWS = SyntheticVQA(9, 4, questions_per_image=3)
@@ -85,7 +85,7 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, m
     expected = results("whole")
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["tokenflex.evaluation.evaluate"],
+            sys.modules["tokenflex.evaluation.evaluator"],
             "score",
             lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
         )

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tokenflex.data.examples import Example
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import exact_match, predict, score
 from tokenflex.evaluation.sweep import Prediction
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import to_example
-from tokenflex.training.data import Example
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 COUNTS = [1, 4, 16, 36, 64]

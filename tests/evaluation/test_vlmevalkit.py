@@ -4,9 +4,9 @@ import sys
 import pytest
 from PIL import Image
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
 from tokenflex.evaluation import vlmevalkit
-from tokenflex.files import save_checkpoint
-from tokenflex.training.synthetic import draw_scene
 
 
 # The interfaces of VLMEvalKit, as small as they can be.

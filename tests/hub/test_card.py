@@ -6,12 +6,12 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.checkpoints.provenance import add_stage
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import evaluate, save_report
-from tokenflex.files import save_checkpoint
 from tokenflex.hub.card import build_card, eval_results_yaml, read_evaluation
 from tokenflex.hub.push import collect_files
-from tokenflex.provenance import add_stage
-from tokenflex.training.synthetic import SyntheticVQA
 
 
 PROVENANCE = add_stage(

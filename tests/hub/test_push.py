@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.loading import load_rows
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import evaluate, save_report
-from tokenflex.files import save_checkpoint
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.datasets import load_rows
 from tokenflex.training.lora import add_adapters, lora_config
-from tokenflex.training.synthetic import SyntheticVQA
 from tokenflex.training.trainer import TokenFlexTrainer
 
 
@@ -61,7 +61,7 @@ CLASSES = """
 import sys
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.synthetic import SyntheticVQA
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.training.train import main
 from tokenflex.training.trainer import TokenFlexTrainer
 checkpoint, folder, token = sys.argv[1:]

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig
 
 from tokenflex import TokenFlexForConditionalGeneration
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation.sweep import predict
-from tokenflex.files import save_checkpoint
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.train import freeze_parts, main
 from tokenflex.training.trainer import TokenFlexTrainer
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 @pytest.fixture(scope="module")

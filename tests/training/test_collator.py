@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from tokenflex.data.examples import BadRowError, Example
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens, to_example
-from tokenflex.training.data import BadRowError, Example
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 END = "<|im_end|>"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import tokenflex.training
+from tokenflex.towers.tiny import VISION_TOKEN_CHOICES, VISION_TOKEN_WEIGHTS
 from tokenflex.training import draw_num_vision_tokens
-from tokenflex.training.tiny import VISION_TOKEN_CHOICES, VISION_TOKEN_WEIGHTS
 
 
 CONFIGS = Path(tokenflex.training.__file__).parent / "accelerate"

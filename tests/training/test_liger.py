@@ -15,12 +15,12 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.qwen2 import modeling_qwen2
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.modeling_tokenflex import TokenFlexCausalLMOutputWithPast
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.liger import apply_liger_kernels, register_liger
 from tokenflex.training.lora import add_adapters, lora_config
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 pytest.importorskip("liger_kernel")

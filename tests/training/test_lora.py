@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.lora import add_adapters, lora_config, merge_adapters, nf4_config
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 peft = pytest.importorskip("peft")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.optimization import MuonAdamW
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 class Small(nn.Module):

@@ -4,11 +4,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tokenflex.data.examples import Example
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
-from tokenflex.training.data import Example
 from tokenflex.training.packing import first_fit, pack_rows, plan_rows
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])

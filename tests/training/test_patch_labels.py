@@ -5,9 +5,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tokenflex.data.synthetic import COLORS, IMAGE_SIZE, LABEL_KINDS, LABEL_SIZE, PAPERS
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.patch_labels import PatchLabelCollator, PatchLabelDataset, PatchLabelModel
-from tokenflex.training.synthetic import COLORS, IMAGE_SIZE, LABEL_KINDS, LABEL_SIZE, PAPERS
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 BLOCK = IMAGE_SIZE // LABEL_SIZE

@@ -5,12 +5,12 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
+from tokenflex.data.examples import Example
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.data import Example
 from tokenflex.training.schemes import NestedLoss
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.trainer import TokenFlexTrainer
 
 

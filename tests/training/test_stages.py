@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import RECIPES
 from tokenflex.training.lora import merge_adapters
 from tokenflex.training.resume import find_checkpoint
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.train import freeze_parts, main
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import PARTS, TokenFlexTrainingArguments
 from tokenflex.training.optimization import MuonAdamW
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.train import freeze_parts, main
 from tokenflex.training.trainer import TokenFlexTrainer
 

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from tokenflex.data.examples import Example, to_example
+from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation.sweep import predict, score
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.collator import TokenFlexDataCollator
-from tokenflex.training.data import Example, to_example
 from tokenflex.training.lora import add_adapters, lora_config
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 from tokenflex.training.trainer import TokenFlexTrainer, clean_up
 
 

@@ -6,11 +6,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tokenflex import TokenFlexForConditionalGeneration
-from tokenflex.files import save_checkpoint
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.lora import lora_config
-from tokenflex.training.synthetic import SyntheticVQA
-from tokenflex.training.tiny import tiny_model_and_processor
 
 
 peft = pytest.importorskip("peft")

@@ -1,0 +1,1 @@
+"""Rows, files, streams, the synthetic set and frames of videos."""

@@ -1,0 +1,1 @@
+"""Asking, serving, a page, vLLM, and features kept between questions."""

@@ -1,0 +1,68 @@
+"""`tokenflex generate`: answers a question about an image at one or several vision-token counts."""
+
+from argparse import ArgumentParser
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..data.examples import BadRowError, decode_image
+
+
+def answer(
+    model, processor, image, question: str, num_vision_tokens: int | str | None = None, max_new_tokens: int = 64
+) -> str:
+    """
+    Answers one question about one image.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        image (`PIL.Image.Image`): The image.
+        question (`str`): The question.
+        num_vision_tokens (`int` or `str`, *optional*):
+            The vision-token count, or `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
+        max_new_tokens (`int`, *optional*, defaults to 64): The longest answer in tokens.
+
+    Returns:
+        `str`: The answer.
+    """
+    return _answer(model, processor, image, question, num_vision_tokens, max_new_tokens)[0]
+
+
+def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens) -> tuple[str, int | None]:
+    """The answer, and the count if it was chosen."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    options = {"num_vision_tokens": num_vision_tokens, "max_new_tokens": max_new_tokens}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    chosen = output.get("num_vision_tokens")
+    reply = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return reply.strip(), None if chosen is None else int(chosen[0])
+
+
+def _count(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="tokenflex generate", description="Answer a question about an image.")
+    parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument("--image", required=True, help="An image file.")
+    parser.add_argument("--question", required=True, help="The question.")
+    parser.add_argument(
+        "--num_vision_tokens",
+        type=_count,
+        nargs="+",
+        help="One answer per count, or `low`, `high`, `auto`. Default: the config's choices.",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer. Default: %(default)s.")
+    args = parser.parse_args(argv)
+    try:
+        image = decode_image(args.image)
+    except BadRowError as error:
+        raise ValueError(f"`image`={args.image!r}: {error}.") from None
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
+    for count in args.num_vision_tokens or model.config.vision_token_choices:
+        reply, chosen = _answer(model, processor, image, args.question, count, args.max_new_tokens)
+        print(f"{chosen or count:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201

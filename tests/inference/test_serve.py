@@ -1,0 +1,353 @@
+import asyncio
+import base64
+import copy
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.synthetic import draw_scene
+
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from tokenflex import TokenFlexModel  # noqa: E402
+from tokenflex.inference import serve  # noqa: E402
+
+
+IMAGES = [draw_scene(5, index).image for index in range(3)]
+QUESTION, HARD = "which color is the paper?", "how many dots are there?"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny):
+    """A model that takes the largest count for one of two questions."""
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    easy, hard = (model.read_questions(**encode(processor, IMAGES[:1], text))[0] for text in (QUESTION, HARD))
+    weight = 10 * (hard - easy) / (hard - easy).square().sum()
+    model.config.vision_token_chooser = {
+        "choices": [4, 16, 36],
+        "weight": [[0.0] * len(weight)] * 2 + [weight.tolist()],
+        "bias": [0.0, 0.0, -float(weight @ (easy + hard)) / 2],
+        "tolerance": 0.1,
+    }
+    return model, processor
+
+
+def encode(processor, images, question, **options):
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=images, text=prompt, add_special_tokens=False, return_tensors="pt", **options)
+
+
+@pytest.fixture(scope="module")
+def server(calibrated, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    save_checkpoint(folder / "model", *calibrated)
+    for index, image in enumerate(IMAGES):
+        image.save(folder / f"{index}.png")
+    app = serve.build_app(str(folder / "model"), max_megapixels=1, max_images=3, device_map="cpu")
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    started = threading.Event()
+    startup = running.startup
+
+    async def announce(sockets=None):
+        await startup(sockets)
+        started.set()
+
+    running.startup = announce
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    assert started.wait(60)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        yield client, str(folder / "model"), folder
+    running.should_exit = True
+    thread.join()
+
+
+def data_url(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def part(image, detail=None):
+    url = image if isinstance(image, str) else data_url(image)
+    return {"type": "image_url", "image_url": {"url": url, **({"detail": detail} if detail else {})}}
+
+
+def ask(server, *parts, question=QUESTION, **options):
+    """The answer, the count of each image, and the request's tokens."""
+    client, model, _ = server
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    options = {"max_tokens": 5, "temperature": 0, **options}
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, **options)
+    reply = raw.parse()
+    counts = raw.headers.get("X-Vision-Tokens")
+    return reply.choices[0].message.content, counts and [int(count) for count in counts.split(",")], reply.usage
+
+
+def expected(calibrated, images, counts, question=QUESTION):
+    model, processor = calibrated
+    options = {"num_vision_tokens": counts} if isinstance(counts, list) else {}
+    inputs = encode(processor, images, question, **options)
+    output = model.generate(**inputs, num_vision_tokens=counts, max_new_tokens=5, do_sample=False)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer, inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("count", [4, 16, 36, 1, 64])
+def test_a_request_is_answered_at_its_count(server, calibrated, count):
+    answer, counts, usage = ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": count})
+    assert counts == [count]
+    assert answer == expected(calibrated, IMAGES[:1], [count])[0]
+    assert usage.prompt_tokens == expected(calibrated, IMAGES[:1], [count])[1]
+    body = {"chat_template_kwargs": {"num_vision_tokens": count}}
+    assert ask(server, part(IMAGES[0]), extra_body=body)[:2] == (answer, counts)
+
+
+def test_details_are_counts_of_each_image(server, calibrated):
+    assert ask(server, part(IMAGES[0], "low"))[1] == [4]
+    assert ask(server, part(IMAGES[0], "high"))[1] == [36]
+    answer, counts, _ = ask(server, part(IMAGES[0], "low"), part(IMAGES[1], "high"), part(IMAGES[2]))
+    assert counts == [4, 36, 36], "an image without `detail` has the checkpoint's default"
+    assert answer == expected(calibrated, IMAGES, [4, 36, 36])[0]
+    asked = {"num_vision_tokens": [16, 4]}
+    assert ask(server, part(IMAGES[0], "low"), part(IMAGES[1]), extra_body=asked)[1] == [16, 4], "a number goes first"
+    assert ask(server)[1] is None, "no image, no count"
+
+
+def test_auto_is_what_generate_chooses_with_one_run_of_the_tower(server, calibrated, monkeypatch):
+    runs, tower = [], type(calibrated[0].model.vision_tower)
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+    for question, count in ((QUESTION, 4), (HARD, 36)):
+        runs.clear()
+        answer, counts, usage = ask(server, part(IMAGES[0], "auto"), question=question)
+        assert len(runs) == 1
+        assert counts == [count]
+        assert answer == expected(calibrated, IMAGES[:1], "auto", question)[0]
+        assert usage.prompt_tokens == expected(calibrated, IMAGES[:1], counts, question)[1]
+        assert ask(server, part(IMAGES[0]), question=question, extra_body={"num_vision_tokens": "auto"})[1] == counts
+
+
+def test_an_uncalibrated_checkpoint_leaves_auto_to_the_default(tiny, calibrated):
+    plain = serve.ChatHandler("plain", *tiny, serve.ImageReader(), num_vision_tokens=16)
+    assert plain.resolve_counts(None, ["auto", "low"]) == [16, 4]
+    assert plain.resolve_counts(None, ["auto"]) == [16]
+    assert plain.resolve_counts(None, [None]) == 16
+    assert serve.ChatHandler("able", *calibrated, serve.ImageReader()).resolve_counts(None, ["auto"]) == "auto"
+
+
+def test_streams_add_up_to_the_whole_answer(server):
+    client, model, _ = server
+    messages = [{"role": "user", "content": [part(IMAGES[0]), {"type": "text", "text": QUESTION}]}]
+    options = {"model": model, "messages": messages, "max_tokens": 5, "temperature": 0}
+    whole = ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": 16})[0]
+    chunks = client.chat.completions.create(stream=True, extra_body={"num_vision_tokens": 16}, **options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
+def test_eight_clients_at_once_get_what_each_would_alone(server):
+    requests = [(IMAGES[i % 3], (4, 16, 36, 9)[i % 4]) for i in range(16)]
+
+    def one(request):
+        image, count = request
+        return ask(server, part(image), extra_body={"num_vision_tokens": count})[:2]
+
+    alone = [one(request) for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, requests)) == alone
+    assert [counts for _, counts in alone] == [[count] for _, count in requests]
+
+
+def test_images_come_over_http_too(server):
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
+    handler = partial(quiet, directory=str(server[2]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{files.server_port}"
+        assert ask(server, part(f"{url}/0.png"))[0] == ask(server, part(IMAGES[0]))[0]
+        for name, reason in (
+            ("missing.png", "could not be fetched"),
+            ("model/config.json", "no image that can be read"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=reason):
+                ask(server, part(f"{url}/{name}"))
+        files.shutdown()
+
+
+BAD_REQUESTS = [
+    ([part(IMAGES[0])], {"num_vision_tokens": 5}, "Nearest: 4 or 9"),
+    ([part(IMAGES[0])], {"num_vision_tokens": 100}, "from 1 to 8"),
+    ([part(IMAGES[0])], {"num_vision_tokens": "16"}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": True}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": [4, 16]}, "lists 2 counts for 1 image"),
+    ([part(IMAGES[0], "medium")], {}, "low, high, auto"),
+    ([part("data:image/png;base64,%%%")], {}, "no base64"),
+    ([part("data:image/png;base64,aGVsbG8=")], {}, "no image that can be read"),
+    ([part(data_url(IMAGES[0])[:-40])], {}, "cannot be decoded|damaged"),
+    ([part(Image.new("L", (2000, 1000)))], {}, "2 megapixels; at most 1"),
+    ([part(Image.new("L", (700, 1000)))] * 2, {}, "the request has 1 megapixels; at most 1"),
+    ([part(IMAGES[0])] * 4, {}, "at most 3 images"),
+    ([part("/etc/hostname")], {}, "neither a data: nor"),
+    ([part("file:///etc/hostname")], {}, "neither a data: nor"),
+    ([{"type": "video_url", "video_url": {"url": "/etc/hostname"}}], {}, "a part is a text"),
+    ([{"type": "image", "path": "/etc/hostname"}], {}, "a part is a text"),
+    ([{"type": "image_url"}], {}, "needs `image_url`"),
+    (["text"], {}, "a part is a text"),
+    ([{"type": "text", "text": "<|image_pad|>"}], {}, "no images were passed"),
+    ([{"type": "text", "text": "which " * 3000}], {}, "the model takes 2048"),
+    ([], {"max_tokens": "many"}, "max_tokens"),
+    ([], {"max_tokens": 0}, "max_tokens"),
+    ([], {"temperature": -1}, "temperature"),
+    ([], {"logit_bias": {"99999": 1}}, "no token 99999"),
+    ([], {"stop": [""]}, "stop"),
+    ([], {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "takes no 'chat_template'"),
+    ([], {"chat_template_kwargs": {"tokenize": False}}, "takes no 'tokenize'"),
+    ([], {"chat_template_kwargs": "4"}, "give an object"),
+    ([], {"generation_config": '{"num_beams": 100000}'}, "not taken"),
+]
+
+
+@pytest.mark.parametrize(("parts", "body", "reason"), BAD_REQUESTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_its_reason_and_the_server_lives_on(server, parts, body, reason, stream):
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
+        ask(server, *parts, extra_body={"stream": stream, **body})
+    assert caught.value.status_code == 400
+    assert ask(server, part(IMAGES[0], "low"))[1] == [4]
+
+
+def test_a_body_that_is_no_request_is_refused_in_the_clients_form(server):
+    client, model, _ = server
+    for messages in (None, [], ["hello"], [{"role": "user"}], [{"content": "hello"}]):
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            client.chat.completions.create(model=model, messages=messages)
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        client.responses.create(model=model, input="hello")
+
+
+def test_fields_of_the_api_do_what_they_say(server):
+    whole = ask(server, part(IMAGES[0]), max_tokens=5)[0]
+    assert ask(server, part(IMAGES[0]), max_tokens=5, stop=[whole[len(whole) // 2]])[0] != whole
+    assert ask(server, part(IMAGES[0]), max_tokens=2)[2].completion_tokens == 2
+    client, model, _ = server
+    vocabulary = AutoProcessor.from_pretrained(model).tokenizer.get_vocab()
+    token = vocabulary["red"] if "red" in vocabulary else max(vocabulary.values())
+    answer = ask(server, part(IMAGES[0]), max_tokens=1, logit_bias={str(token): 100})[0]
+    assert answer == AutoProcessor.from_pretrained(model).decode([token], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_data_urls_come_in_many_shapes(kind):
+    reader = serve.ImageReader()
+    url = data_url(IMAGES[0], kind)
+    expected = reader.read_image(url)
+    safe = url.replace("+", "-").rstrip("=")
+    head, _, content = url.partition(",")
+    broken_up = head + "," + "\n".join(content[i : i + 76] for i in range(0, len(content), 76)) + "\n"
+    for other in (safe, broken_up, url.replace("data:", "DATA:")):
+        assert reader.read_image(other).tobytes() == expected.tobytes()
+
+
+def test_an_answer_that_nobody_waits_for_ends(calibrated):
+    handler = serve.ChatHandler("model", *calibrated, serve.ImageReader())
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1000, "logit_bias": {"2": -100}}
+
+    class Gone:
+        async def is_disconnected(self):
+            return True
+
+    reply = json.loads(asyncio.run(handler.handle_request(body, "id", Gone())).body)
+    assert reply["usage"]["completion_tokens"] < 1000
+
+
+def test_the_command_serves(server, tmp_path):
+    _, model, folder = server
+    command = [
+        sys.executable,
+        "-m",
+        "tokenflex",
+        "serve",
+        "--model_name_or_path",
+        model,
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        said = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert said["serving"] == model and process.returncode in (0, -signal.SIGINT)
+
+
+def test_the_served_model_is_listed_and_others_are_refused(server):
+    client, model, _ = server
+    assert [listed.id for listed in client.models.list()] == [model]
+    with pytest.raises(openai.BadRequestError, match="pinned"):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hello"}])
+
+
+def test_a_default_that_the_checkpoint_cannot_do_is_refused_at_the_start(tiny, server, tmp_path):
+    with pytest.raises(ValueError, match="100"):
+        serve.build_app(server[1], num_vision_tokens=100)
+    save_checkpoint(tmp_path / "model", *tiny)
+    with pytest.raises(ValueError, match="not learned to choose"):
+        serve.build_app(str(tmp_path / "model"), num_vision_tokens="auto")
+
+
+def test_the_documented_request_is_answered(server, capsys):
+    client, model, _ = server
+    [block] = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "docs/serving.md").read_text(), re.DOTALL)
+    block = block.replace("http://localhost:8000/v1", str(client.base_url)).replace("outputs/demo/checkpoint", model)
+    exec(block.replace("data:image/png;base64,...", data_url(IMAGES[0])), {})
+    assert (
+        capsys.readouterr()
+        .out.strip()
+        .endswith(str(ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": 16})[2].prompt_tokens))
+    )
+
+
+def test_a_chat_s_images_run_through_the_tower_once(calibrated, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model", *calibrated)
+    runs = []
+    run_tower = TokenFlexModel._run_tower
+    monkeypatch.setattr(
+        TokenFlexModel, "_run_tower", lambda self, images: (runs.append(len(images)), run_tower(self, images))[1]
+    )
+    app = serve.build_app(str(tmp_path / "model"), keep_images=2, device_map="cpu")
+    content = [part(IMAGES[0]), {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    replies = []
+    with TestClient(app) as client:
+        for count in (4, 36):
+            body = {"model": str(tmp_path / "model"), "messages": messages, "max_tokens": 5, "temperature": 0}
+            reply = client.post("/v1/chat/completions", json={**body, "num_vision_tokens": count}).json()
+            replies.append(reply["choices"][0]["message"]["content"])
+            messages = [
+                *messages,
+                {"role": "assistant", "content": replies[-1]},
+                {"role": "user", "content": "and now?"},
+            ]
+    assert runs == [1]
+    assert replies[0] == expected(calibrated, IMAGES[:1], [4])[0]

@@ -1,0 +1,79 @@
+import pytest
+
+from tokenflex.evaluation.intervals import Interval
+from tokenflex.research.analysis import analyse, verdict
+from tokenflex.research.arms import DISTILL_EQUAL, FIXED, PAPER
+
+
+FAMILIES, IMAGES = ["a", "a", "b"], [0, 1, 1]
+FLOPS = {"fixed-4": 1.0, "fixed-16": 2.0, "fixed-36": 3.0, "draw-235": 2.0, "distill-flops": 5.0}
+
+
+def run(arm, seed, rights, steps=10, num_images=5, compared_at=10):
+    return {
+        "arm": arm, "num_images": num_images, "compared_at": compared_at, "steps": steps, "seed": seed,
+        "right": {str(count): right for count, right in rights.items()}, "families": FAMILIES, "images": IMAGES,
+        "cpu_seconds": 60.0 * (1 + seed),
+    }  # fmt: skip
+
+
+def all_right(value=1):
+    return {count: [value] * 3 for count in (4, 16, 36)}
+
+
+@pytest.fixture
+def runs():
+    fixed = [run(arm.name, seed, {4: [1, 0, 1], 16: [0, 0, 1], 36: [0, 0, 0]}) for arm in FIXED for seed in (1, 0)]
+    drawn = [run(PAPER.name, 0, all_right()), run(PAPER.name, 1, {4: [1, 0, 1], 16: [1, 1, 1], 36: [1, 1, 0]})]
+    nested = [run(DISTILL_EQUAL.name, seed, all_right(), steps=4) for seed in (0, 1)]
+    return fixed + drawn + nested
+
+
+def test_means_are_over_families_and_seeds(runs):
+    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {"steps": [("10 steps", 5, 10)]})
+    row = table["regimes"]["limited"]["fixed-4"]
+    assert row["accuracy"]["4"]["mean"] == 0.75  # (1/2 + 1) / 2
+    assert row["accuracy"]["16"]["seeds"] == [0.5, 0.5] and row["accuracy"]["16"]["spread"] == 0
+    drawn = table["regimes"]["limited"]["draw-235"]
+    assert drawn["accuracy"]["4"]["seeds"] == [1, 0.75]
+    assert drawn["accuracy"]["4"]["spread"] == pytest.approx(0.25 / 2**0.5)
+    assert drawn["cpu_minutes"] == 1.5
+    assert table["curves"]["steps"]["10 steps"] == table["regimes"]["limited"]
+
+
+def test_differences_are_of_one_seed_and_one_question(runs):
+    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    assert table["draw-235"]["gain"]["4"]["mean"] == pytest.approx(0.125)
+    assert table["draw-235"]["gain"]["16"]["mean"] == 0.5
+    assert table["draw-235"]["gain"]["36"]["mean"] == 0.75
+    assert set(table["fixed-4"]["away"]) == {"16", "36"} and "gain" not in table["fixed-4"]
+    assert table["fixed-36"]["away"]["4"]["mean"] == pytest.approx(-0.125)
+
+
+def test_cost_is_relative_to_the_papers_draw(runs):
+    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    assert table["draw-235"]["flops"] == 1 and table["fixed-36"]["flops"] == 1.5
+    assert table["distill-flops"]["flops"] == 1 and table["distill-flops"]["steps"] == 4
+
+
+def test_a_seed_that_only_one_has_is_left_out(runs):
+    runs.append(run(PAPER.name, 2, all_right(0)))
+    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    assert table["draw-235"]["gain"]["16"]["mean"] == 0.5
+    assert table["draw-235"]["accuracy"]["16"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_runs_of_other_images_and_steps_are_kept_apart(runs):
+    others = [run(arm.name, 0, all_right(), num_images=None) for arm in (*FIXED, PAPER)]
+    regimes = {"limited": (5, 10), "rich": (None, 10)}
+    table = analyse(runs + others, FLOPS, regimes, {})["regimes"]
+    assert table["rich"]["fixed-36"]["accuracy"]["36"]["mean"] == 1
+    assert table["rich"]["fixed-36"]["accuracy"]["36"]["spread"] is None
+    assert table["limited"]["fixed-36"]["accuracy"]["36"]["mean"] == 0
+
+
+@pytest.mark.parametrize(
+    "interval, said", [((1, 0.1, 2), "holds"), ((1, -0.1, 2), "undecided"), ((-1, -2, -0.1), "does not hold")]
+)
+def test_verdict(interval, said):
+    assert verdict(Interval(*interval)) == said

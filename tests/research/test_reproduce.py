@@ -1,0 +1,155 @@
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import transformers
+from PIL import Image
+
+from tokenflex.cli import main
+from tokenflex.research import reproduce as module
+from tokenflex.research.arms import ARMS, BASELINES, DISTILL_EQUAL, FIXED, PAPER
+from tokenflex.research.reproduce import SIZES, curves, plan, regimes, reproduce
+from tokenflex.research.runs import Size
+
+
+SIZE = Size(width=32, tower_steps=2, base_steps=2, steps=4, num_images=4, batch_size=2, questions=2, test_images=4)
+SMALL_PLAN = [*FIXED, PAPER, DISTILL_EQUAL, BASELINES[1]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verbosity():
+    """The command is quiet; what is tested after it is not."""
+    before, ours = transformers.logging.get_verbosity(), logging.getLogger("tokenflex").level
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+    logging.getLogger("tokenflex").setLevel(ours)
+
+
+def small_plan(size, seeds):
+    return [run for run in plan(size, seeds) if run.arm in SMALL_PLAN]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan", small_plan)
+        reproduce(folder, SIZE, [0], workers=2)
+    return folder
+
+
+def test_every_claim_has_its_runs():
+    size = SIZES["cpu"]
+    runs = plan(size, [0, 1, 2])
+    assert len(runs) == len({run.name for run in runs})
+    held = {(run.arm.name, run.num_images, run.steps) for run in runs}
+    limited, rich = regimes(size).values()
+    assert {(name, *limited) for name in ARMS} <= held
+    assert {(arm.name, *rich) for arm in (*FIXED, PAPER, DISTILL_EQUAL)} <= held
+    for points in curves(size).values():
+        assert {(arm.name, *point[1:]) for point in points for arm in (*FIXED, PAPER)} <= held
+    assert {run.seed for run in runs} == {0, 1, 2}
+
+
+def test_report_is_written_as_data_table_and_plot(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert report["size"] == dataclasses.asdict(SIZE) and report["seeds"] == [0]
+    assert report["cpu_minutes"] > 0 and report["machine"]["workers"] == 2
+    table = (folder / "report.md").read_text()
+    for title, rows in report["regimes"].items():
+        assert title in table
+        assert all(ARMS[name].title in table for name in rows)
+    assert "| fixed 4 | **" in table
+    Image.open(folder / "report.png").load()
+
+
+def test_equal_compute_takes_fewer_steps(folder):
+    limited = next(iter(json.loads((folder / "report.json").read_text())["regimes"].values()))
+    row = limited[DISTILL_EQUAL.name]
+    assert row["steps"] < limited[PAPER.name]["steps"] == SIZE.steps
+    assert 0.5 < row["flops"] < 1.5
+
+
+def test_finished_runs_are_not_run_again(folder, monkeypatch):
+    before = {file.name: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
+    gone = folder / "runs" / f"{PAPER.name}-4-4-0.json"
+    result = json.loads(gone.read_text())
+    gone.unlink()
+    monkeypatch.setattr(module, "plan", small_plan)
+    reproduce(folder, SIZE, [0], workers=1)
+    after = {file.name: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {gone.name}
+    again = json.loads(gone.read_text())
+    assert {**again, "cpu_seconds": 0} == {**result, "cpu_seconds": 0}
+
+
+def test_another_size_is_refused(folder):
+    with pytest.raises(ValueError, match="`output_dir`.*`steps` 4, not 5.*new folder"):
+        reproduce(folder, dataclasses.replace(SIZE, steps=5))
+
+
+def test_a_failing_run_is_not_hidden_and_loses_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "plan", lambda size, seeds: small_plan(size, seeds)[:1])
+    done = tmp_path / "runs" / "base-swiglu-0.json"  # but its weights are gone
+    done.parent.mkdir()
+    done.write_text('{"cpu_seconds": 1}')
+    with pytest.raises(FileNotFoundError, match="base-swiglu-0.pt"):
+        reproduce(tmp_path, SIZE, [0], workers=1)
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == [done.name]
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_are_checked(seeds, tmp_path):
+    with pytest.raises(ValueError, match="`seeds`"):
+        reproduce(tmp_path, SIZE, seeds)
+    assert not any(tmp_path.iterdir())
+
+
+def test_workers_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="`workers`=0"):
+        reproduce(tmp_path, SIZE, [0], workers=0)
+
+
+def test_command_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(module, "plan", small_plan)
+    monkeypatch.setitem(module.SIZES, "cpu", SIZE)
+    main(["reproduce", "--output_dir", str(folder), "--seeds", "0", "--workers", "1"])
+    last = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert set(last["gain"]) == {"4", "16", "36"} and last["seeds"] == [0]
+
+
+SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes in the background ignore from their start
+from tokenflex.research.reproduce import reproduce
+from tokenflex.research.runs import Size
+
+if __name__ == "__main__":
+    size = Size(width=32, tower_steps=1, base_steps=1, steps=100000, num_images=4, batch_size=2, test_images=1)
+    reproduce({folder!r}, size, [0], workers=2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_runs_end_with_the_experiment(number, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(folder=str(tmp_path / "out")))
+    parent = subprocess.Popen([sys.executable, tmp_path / "script.py"], stderr=subprocess.DEVNULL)
+    try:
+        children = []
+        while not (tmp_path / "out" / "runs").exists():  # two runs that would take hours are under way then
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"it ended by itself: {parent.wait(timeout=0.2)}")
+            children = psutil.Process(parent.pid).children(recursive=True)
+        parent.send_signal(number)
+        assert parent.wait(timeout=120) != 0
+        assert not psutil.wait_procs(children, timeout=120)[1]
+    finally:
+        parent.kill()

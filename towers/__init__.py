@@ -1,0 +1,1 @@
+"""From pretrained towers to a checkpoint; the embedded tiny model."""

@@ -1,0 +1,244 @@
+"""What a TokenFLEX checkpoint is built from, read off pretrained checkpoints: towers, tokenizer and image statistics."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessorPil,
+)
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+
+from ..configuration_tokenflex import TokenFlexConfig
+from ..processing_tokenflex import IMAGE_TOKEN
+
+
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+# Image mean and standard deviation of towers that come without a preprocessor config, as their authors publish them.
+IMAGE_STATISTICS = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
+IMAGE_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
+# Parts that only pre-training needs, and that a tower's config can leave out.
+UNUSED_PARTS = ("vision_use_head", "use_mask_token")
+
+
+def read_vision_config(checkpoint: str) -> PreTrainedConfig:
+    """
+    The configuration of a vision tower, alone or in a checkpoint with other parts.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+
+    Raises:
+        ValueError: If there is no tower with a fixed grid of patches.
+    """
+    whole = _read_config("vision_tower", checkpoint)
+    config = getattr(whole, "vision_config", whole)
+    if config.model_type == "siglip2_vision_model":
+        raise ValueError(
+            f"`vision_tower`={checkpoint!r} is a NaFlex SigLIP2, whose patches form another grid for every image. "
+            "Give a SigLIP2 of fixed resolution, such as 'google/siglip2-so400m-patch14-384'."
+        )
+    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
+        raise ValueError(
+            f"`vision_tower`={checkpoint!r} is of type {config.model_type!r}, which has no fixed grid of patches "
+            "(`image_size` and `patch_size`). Give a vision tower, such as 'google/siglip-so400m-patch14-384'."
+        )
+    for part in UNUSED_PARTS:
+        if getattr(config, part, False):
+            setattr(config, part, False)
+    config.dtype = whole.dtype or config.dtype
+    return config
+
+
+def read_text_config(checkpoint: str) -> PreTrainedConfig:
+    """
+    The configuration of a text-only causal language model.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    config = _read_config("language_model", checkpoint)
+    if config.sub_configs or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "has other parts than text" if config.sub_configs else "is no causal language model"
+        raise ValueError(
+            f"`language_model`={checkpoint!r} is of type {config.model_type!r}, which {kind}. Give a text-only one, "
+            "such as 'Qwen/Qwen2.5-7B-Instruct'."
+        )
+    return config
+
+
+def load_vision_tower(checkpoint: str, config: PreTrainedConfig, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """
+    Loads a vision tower; other parts of its checkpoint are left unread.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+        config (`PreTrainedConfig`): As [`read_vision_config`] returns it.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): The dtype of its weights; `"auto"` keeps it.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    with _quiet_loading():
+        tower, info = AutoModel.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=dtype,
+            key_mapping={r"^(model\.)?vision_tower\.": ""},  # how vision-language models name their tower
+            output_loading_info=True,
+        )
+    _refuse_missing("vision_tower", checkpoint, tower, info)
+    return tower
+
+
+def load_language_model(
+    checkpoint: str, config: PreTrainedConfig, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """
+    Loads a causal language model.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+        config (`PreTrainedConfig`): As [`read_text_config`] returns it.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): The dtype of its weights; `"auto"` keeps it.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    causal_lm, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, dtype=dtype, output_loading_info=True
+    )
+    _refuse_missing("language_model", checkpoint, causal_lm, info)
+    return causal_lm
+
+
+def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int | None]:
+    """
+    Loads a language model's tokenizer and gives it what images and chats need: an image token, ChatML's tokens if it
+    comes without a chat template, and its end token for padding if it has no other.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+
+    Returns:
+        `tuple[PreTrainedTokenizerBase, int, int | None]`: The tokenizer, the image token's id, and the id of ChatML's
+        end token if the tokenizer came without a chat template.
+
+    Raises:
+        ValueError: If there is no tokenizer, or it has no token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`language_model`={checkpoint!r} comes without a tokenizer: add one. ({error})") from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+        raise ValueError(f"`language_model`={checkpoint!r} comes without a tokenizer: add one.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"`language_model`={checkpoint!r} has a tokenizer with neither `pad_token` nor `eos_token`: set one and "
+            "save it."
+        )
+    tokens = [getattr(tokenizer, "image_token", None) or IMAGE_TOKEN]
+    if tokenizer.chat_template is None:
+        tokens += CHATML_TOKENS
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    image_token_id, *chat_token_ids = tokenizer.convert_tokens_to_ids(tokens)
+    return tokenizer, image_token_id, chat_token_ids[-1] if chat_token_ids else None
+
+
+def load_image_processor(checkpoint: str, vision_config: PreTrainedConfig) -> SiglipImageProcessorPil:
+    """
+    An image processor that resizes whole images to the tower's size, with the mean, standard deviation, scale and
+    resampling of the tower's own preprocessor config, or those its authors publish if there is none.
+
+    Args:
+        checkpoint (`str`): Hub id or folder of the tower.
+        vision_config (`PreTrainedConfig`): The tower's configuration.
+
+    Raises:
+        ValueError: If mean and standard deviation are not known.
+    """
+    options = {}
+    if vision_config.model_type in IMAGE_STATISTICS:
+        options["image_mean"], options["image_std"] = IMAGE_STATISTICS[vision_config.model_type]
+    for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+        file = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        own = json.loads(Path(file).read_text()) if file is not None else {}
+        own = own.get("image_processor", own)
+        options |= {option: own[option] for option in IMAGE_OPTIONS if option in own}
+    if "image_mean" not in options:
+        raise ValueError(
+            f"`vision_tower`={checkpoint!r} has no {IMAGE_PROCESSOR_NAME} and is of type {vision_config.model_type!r}, "
+            "whose `image_mean` and `image_std` are not known: add that file."
+        )
+    size = vision_config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    # Where torchvision is installed, what this class saves loads as its torchvision counterpart.
+    return SiglipImageProcessorPil(size={"height": height, "width": width}, **options)
+
+
+def _read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{argument}`={checkpoint!r} is not a checkpoint that transformers can read: give a Hub id, or a folder "
+            f"with a config.json as `save_pretrained` writes it. ({error})"
+        ) from None
+    if config.model_type == TokenFlexConfig.model_type:
+        raise ValueError(
+            f"`{argument}`={checkpoint!r} is a whole TokenFLEX checkpoint: load it with `AutoModelForImageTextToText`, "
+            "or give what it was built from."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"`{argument}`={checkpoint!r} is quantised: give the checkpoint that it was made from.")
+    return config
+
+
+def _refuse_missing(argument: str, checkpoint: str, model: PreTrainedModel, info: dict) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"`{argument}`={checkpoint!r} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{missing[0]!r}: give a checkpoint that holds all of them."
+        )
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keeps transformers from listing every weight of the parts that are left unread."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
