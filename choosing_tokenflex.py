@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-NAMED_COUNTS = ("low", "high", "auto")
+from .configuration_tokenflex import resolve_named_count
 
 
 def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int], tolerance: float) -> list[int]:
@@ -102,13 +101,9 @@ class TokenFlexChoosingMixin:
         Returns:
             `tuple[int | list[int] | None, list[int] | None]`
         """
-        choices = self.config.vision_token_choices
-        if name in ("low", "high"):
-            return (min if name == "low" else max)(choices), None
-        if name != "auto":
-            raise ValueError(
-                f"`num_vision_tokens`={name!r}: give a count, a grid, or one of {', '.join(NAMED_COUNTS)}."
-            )
+        count = resolve_named_count(name, self.config.vision_token_choices)
+        if count != "auto":
+            return count, None
         cache = kwargs.get("past_key_values")
         if input_ids is None or (cache is not None and int(cache.get_seq_length()) > 0):
             raise ValueError(

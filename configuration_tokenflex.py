@@ -4,11 +4,77 @@ import copy
 import functools
 import math
 import operator
+import re
 from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers import AutoConfig, PreTrainedConfig
+
+
+NAMED_COUNTS = ("low", "high", "auto")
+
+
+def parse_num_vision_tokens(text: str | int | list | tuple | None):
+    """
+    Reads a vision-token count as a command line, a request or a JSON file writes it.
+
+    Args:
+        text (`str`, `int`, `list` or `tuple`, *optional*):
+            `"64"`, `"8x12"` (rows x columns), `"low"`, `"high"`, `"auto"`, several of them with commas between, or what is
+            no text: a number, or a list with one entry per image.
+
+    Returns:
+        `int`, `tuple[int, int]`, `str`, a list of these or `None`: A count, a grid, a name, or one of them per image.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.configuration_tokenflex import parse_num_vision_tokens
+
+    >>> [parse_num_vision_tokens(text) for text in ("64", "8x12", "low", "64,8x12", [64, "8x12"])]
+    [64, (8, 12), 'low', [64, (8, 12)], [64, (8, 12)]]
+    ```
+    """
+    if isinstance(text, str) and "," in text:
+        text = [part.strip() for part in text.split(",")]
+    if isinstance(text, list):
+        parsed = [parse_num_vision_tokens(part) for part in text]
+        if not any(isinstance(part, (str, list)) or part is None for part in parsed):
+            return parsed
+    elif isinstance(text, str):
+        if text in NAMED_COUNTS:
+            return text
+        if match := re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", text):
+            return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+    elif text is None or (isinstance(text, (int, tuple)) and not isinstance(text, bool)):
+        return text
+    raise ValueError(
+        f"`num_vision_tokens`={text!r}: give a count such as 64, a grid such as 8x12, a list with one of these per image, or "
+        f"one of {', '.join(NAMED_COUNTS)}."
+    )
+
+
+def resolve_named_count(num_vision_tokens, choices: Sequence[int]):
+    """
+    Replaces `"low"` and `"high"` by the smallest and the largest count that was trained; all else is returned as it is.
+
+    Args:
+        num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list, *optional*): As [`parse_num_vision_tokens`] returns it.
+        choices (`Sequence[int]`): The config's `vision_token_choices`.
+
+    Raises:
+        ValueError: If it is a text that names no count.
+    """
+    if not isinstance(num_vision_tokens, str):
+        return num_vision_tokens
+    if num_vision_tokens not in NAMED_COUNTS:
+        raise ValueError(
+            f"`num_vision_tokens`={num_vision_tokens!r}: give a count, a grid, or one of {', '.join(NAMED_COUNTS)}."
+        )
+    return {"low": min(choices), "high": max(choices)}.get(num_vision_tokens, num_vision_tokens)
 
 
 def resolve_vision_token_grid(
@@ -237,8 +303,39 @@ def _as_integer(value) -> int:
     return operator.index(value)
 
 
+def _as_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    options = dict(default if config is None else config)
+    return AutoConfig.for_model(options.pop("model_type", default["model_type"]), **options)
+
+
 def _as_pair(value) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+DEFAULT_VISION_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+DEFAULT_TEXT_CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "rms_norm_eps": 1e-6,
+}
 
 
 @strict
@@ -291,36 +388,7 @@ class TokenFlexConfig(PreTrainedConfig):
 
     model_type = "tokenflex"
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="siglip_vision_model",
-            init_kwargs={
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "image_size": 384,
-                "patch_size": 14,
-            },
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 152064,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "max_position_embeddings": 32768,
-                "max_window_layers": 28,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-                "rms_norm_eps": 1e-6,
-            },
-        ),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -339,6 +407,8 @@ class TokenFlexConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # vLLM and SGLang read this entry; the other classes add theirs when they are saved.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_tokenflex.TokenFlexModel"})
+        self.vision_config = _as_config(self.vision_config, DEFAULT_VISION_CONFIG)
+        self.text_config = _as_config(self.text_config, DEFAULT_TEXT_CONFIG)
         super().__post_init__(**kwargs)
         if getattr(self.vision_config, "vision_use_head", False):
             self.vision_config = copy.deepcopy(self.vision_config)
@@ -372,11 +442,14 @@ class TokenFlexConfig(PreTrainedConfig):
         return _as_pair(self.vision_config.patch_size)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Height and width in pixels of the images that the vision tower takes."""
+        return _as_pair(self.vision_config.image_size)
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """`tuple[int, int]`: Rows and columns of the vision tower's patch grid."""
-        height, width = _as_pair(self.vision_config.image_size)
-        patch_height, patch_width = self.patch_size
-        return height // patch_height, width // patch_width
+        return tuple(side // patch for side, patch in zip(self.image_size, self.patch_size))
 
     def check_vision_tokens(self):
         """
@@ -438,6 +511,8 @@ def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float])
 __all__ = [
     "TokenFlexConfig",
     "match_vision_token_grid",
+    "parse_num_vision_tokens",
+    "resolve_named_count",
     "resolve_vision_token_grid",
     "resolve_vision_token_grids",
 ]

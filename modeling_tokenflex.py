@@ -12,7 +12,7 @@ from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
@@ -287,8 +287,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 size.
         """
         vision_config = self.config.vision_config
-        size = vision_config.image_size
-        expected = (vision_config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+        expected = (vision_config.num_channels, *self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
@@ -459,10 +458,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not is_distributed and not any(parameter.requires_grad for parameter in parameters):
             return 0.0
-        vision_config = self.config.vision_config
-        size = vision_config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        image = torch.zeros(1, vision_config.num_channels, height, width, device=self.device, dtype=self.dtype)
+        size = (1, self.config.vision_config.num_channels, *self.config.image_size)
+        image = torch.zeros(size, device=self.device, dtype=self.dtype)
         return 0.0 * self.get_image_features(image, num_vision_tokens=1, return_dict=True).pooler_output.sum()
 
     @can_return_tuple
@@ -686,7 +683,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)  # Gemma 2 does so in its own head

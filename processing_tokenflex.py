@@ -92,6 +92,8 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
 
 
 class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {}  # read by transformers 5.18 to 5.20
+
     images_kwargs: TokenFlexImagesKwargs
     videos_kwargs: TokenFlexVideosKwargs
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..choosing_tokenflex import NAMED_COUNTS
+from ..configuration_tokenflex import NAMED_COUNTS
 from ..conversation_tokenflex import mask_padding_of_answers
 from ..data.examples import decode_image
 

@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 from PIL import Image
 
-from ..choosing_tokenflex import NAMED_COUNTS
+from ..configuration_tokenflex import NAMED_COUNTS
 from ..data.examples import BadRowError, decode_image
 
 

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from ..checkpoints.provenance import is_hub_id
-from ..choosing_tokenflex import NAMED_COUNTS
-from ..configuration_tokenflex import resolve_vision_token_grids
+from ..configuration_tokenflex import NAMED_COUNTS, resolve_vision_token_grids
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..placeholders_tokenflex import recount_vision_tokens
 from .messages import ImageReader

@@ -236,10 +236,8 @@ def _assemble(
             "output of a base model with `embed_tokens`: text would get other logits than from the language model itself. "
             "Give a Qwen, Llama, SmolLM or Gemma model."
         )
-    size = config.vision_config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
     with torch.no_grad():
-        model.get_image_features(torch.zeros(1, config.vision_config.num_channels, height, width))
+        model.get_image_features(torch.zeros(1, config.vision_config.num_channels, *config.image_size))
     return model
 
 

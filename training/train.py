@@ -52,10 +52,9 @@ def _freeze_idle(model: nn.Module) -> None:
     Some towers hold weights that the features do not depend on, such as the norm of CLIP's class token or the layers
     above the feature layer. Data parallelism would wait for their gradients.
     """
-    vision_config, tower = model.config.vision_config, model.vision_tower
-    size = vision_config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    image = torch.zeros(1, vision_config.num_channels, height, width, device=model.device, dtype=tower.dtype)
+    config, tower = model.config, model.vision_tower
+    size = (1, config.vision_config.num_channels, *config.image_size)
+    image = torch.zeros(size, device=model.device, dtype=tower.dtype)
     parameters = list(tower.parameters())
     with _gathered([*parameters, *model.multi_modal_projector.parameters()]), torch.enable_grad():
         features = model.get_image_features(image, num_vision_tokens=1).last_hidden_state
