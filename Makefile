@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
 
-.PHONY: demo test reproduce bench reference lint clean
+.PHONY: demo test reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -20,8 +20,8 @@ reproduce: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/peers.py --output_dir outputs/bench
 
-reference: $(TESTABLE)
-	$(BIN)/python docs/build_reference.py
+docs: $(TESTABLE)
+	$(BIN)/mkdocs build
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check --fix .
@@ -35,7 +35,7 @@ $(INSTALLED): setup.py constraints.txt
 	touch $(INSTALLED)
 
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[docs,test]"
 	touch $(TESTABLE)
 
 clean:

@@ -7,7 +7,6 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
-ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
 
 
 class BuildPackage(build_py):
@@ -44,6 +43,7 @@ setup(
     ],
     extras_require={
         "demo": ["gradio>=6.31"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "liger": ["liger-kernel>=0.8"],
         "lora": ["peft>=0.21"],
         "metrics": ["evaluate>=0.4.6"],
