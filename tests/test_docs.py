@@ -109,6 +109,12 @@ def test_commands_in_the_documentation_are_accepted(block, monkeypatch):
             assert (ROOT / command[1]).is_file()
 
 
+def test_files_named_in_the_documentation_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {path for page in pages for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|md))`", page.read_text())}
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
 def test_version_stands_in_one_place():
     assert tokenflex.__version__ not in (ROOT / "pyproject.toml").read_text()
     assert tokenflex.__version__ not in (ROOT / "setup.py").read_text()
