@@ -1,7 +1,9 @@
-"""Prepares the pages of `make docs`: a hook of MkDocs, and an extension of Griffe that reads transformers' docstrings."""
+"""Prepares the pages of `make docs`: hooks of MkDocs, and an extension of Griffe for transformers' docstrings."""
 
-import ast
+import dataclasses
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import griffe
@@ -12,11 +14,12 @@ FROM_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", 
 
 
 def on_startup(**kwargs):
-    """Links the repository, whatever its folder is called, under the name that Griffe looks for."""
+    """Makes the repository, whatever its folder is called, importable as the package."""
     link = Path("outputs/package/tokenflex")
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(Path.cwd())
+    sys.path.insert(0, str(link.parent.absolute()))
 
 
 def on_files(files, config):
@@ -34,42 +37,34 @@ def on_page_markdown(markdown, **kwargs):
 
 
 class TransformersDocstrings(griffe.Extension):
-    """Makes links of ``[`Name`]``, keeps what an argument says of itself, and lists the fields of dataclasses."""
-
-    def on_class_instance(self, *, node, cls, **kwargs):
-        fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-        help = {
-            field.target.id: value.value
-            for field in fields
-            for entry in ast.walk(field)
-            if isinstance(entry, ast.Dict)
-            for key, value in zip(entry.keys, entry.values)
-            if isinstance(value, ast.Constant) and ast.literal_eval(key) == "help"
-        }
-        if help:
-            cls.docstring.value += "\n\nArgs:\n" + "\n".join(f"    {name}: {said}" for name, said in help.items())
+    """Makes links of ``[`Name`]``, keeps what is said of an argument's type, and lists the fields of dataclasses."""
 
     def on_package(self, *, pkg, **kwargs):
-        pages = "".join(page.read_text(encoding="utf-8") for page in Path("docs/api").glob("*.md"))
-        rooms = [pkg[path.partition(".")[2]] for path in re.findall(r"^::: (.+)", pages, re.MULTILINE)]
-        objects, found = {}, rooms
+        pages = "\n".join(page.read_text(encoding="utf-8") for page in Path("docs/api").glob("*.md"))
+        shown = [pkg[path] for path in re.findall(r"^::: tokenflex\.(.+)", pages, re.MULTILINE)]
+        objects, found = {}, shown
         while found:
             objects |= {member.path: member for member in found if member.has_docstring}
             found = [member for parent in found for member in parent.members.values()]
-            found = [member for member in found if not member.is_alias and not member.name.startswith("_")]
-        for room in rooms:
-            room.exports = None  # what a package exports stands once, in its module
+            found = [member for member in found if not member.is_alias and re.match("[a-zA-Z]|__call__", member.name)]
+        for module in shown:
+            module.exports = None  # what a package exports stands once, in its module
 
         def link(match):
             path = next((path for path in objects if f".{path}".endswith(f".{match[1]}")), None)
             return f"[`{match[1]}`][{path}]" if path else f"`{match[1]}`"
 
         for documented in objects.values():
+            if "dataclass" in documented.labels:
+                fields = dataclasses.fields(getattr(importlib.import_module(documented.module.path), documented.name))
+                own = [field for field in fields if field.name in documented.members and "help" in field.metadata]
+                said = [f"    {field.name}: {field.metadata['help']}" for field in own]
+                documented.docstring.value += "\n\nArgs:\n" + "\n".join(said) if said else ""
             documented.docstring.value = re.sub(r"\[`~?([\w.]+)`\](?![(\[])", link, documented.docstring.value)
-            parsed = documented.docstring.parsed
-            for place, section in enumerate(parsed):
+            sections = documented.docstring.parsed
+            for place, section in enumerate(sections):
                 if section.kind.value == "returns":
-                    parsed[place] = griffe.DocstringSectionText(f"**Returns:** {section.value[0].description}")
+                    sections[place] = griffe.DocstringSectionText(f"**Returns:** {section.value[0].description}")
                 for entry in section.value if section.kind.value == "parameters" else []:
                     if isinstance(entry.annotation, str):
                         entry.description, entry.annotation = f"({entry.annotation}) {entry.description}", None
