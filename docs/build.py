@@ -51,8 +51,8 @@ class TransformersDocstrings(griffe.Extension):
             module.exports = None  # what a package exports stands once, in its module
 
         def link(match):
-            path = next((path for path in objects if f".{path}".endswith(f".{match[1]}")), None)
-            return f"[`{match[1]}`][{path}]" if path else f"`{match[1]}`"
+            path = next((path for path in objects if f".{path}".endswith(f".{match[1]}")), match[1])
+            return f"`{path}`" if path.startswith(("transformers.", "huggingface_hub.")) else f"[`{match[1]}`][{path}]"
 
         for documented in objects.values():
             if "dataclass" in documented.labels:
