@@ -4,7 +4,6 @@ import inspect
 import re
 from pathlib import Path
 
-import griffe
 import pytest
 
 import tokenflex
@@ -45,15 +44,15 @@ def parameters(found):
 
 def named_arguments(found):
     """The names under `Args:`, and those of a dataclass's fields that have a `help`."""
-    parts = griffe.Docstring(found.__doc__).parse("google", warnings=False)
-    entries = [entry.name for part in parts if part.kind.value == "parameters" for entry in part.value]
+    listed = re.findall(r"^Args:\n((?: {4}.*\n|\n)+)", inspect.cleandoc(found.__doc__) + "\n", re.MULTILINE)
+    names = [names for part in listed for names in re.findall(r"^ {4}([\w*][\w*, ]*?)(?: \(|:)", part, re.MULTILINE)]
     fields = getattr(found, "__dataclass_fields__", {}).values()
-    listed = [name.strip("* ") for entry in entries for name in entry.split(",")]
-    return listed + [field.name for field in fields if "help" in field.metadata]
+    names += [field.name for field in fields if "help" in field.metadata]
+    return [name.strip("* ") for several in names for name in several.split(",")]
 
 
 def faults(found, overridden=()):
-    """The arguments that a docstring misses, those that it names although they are not there, and those named twice."""
+    """The arguments that a docstring misses, those that it names although they are not there, and those it repeats."""
     named, arguments = named_arguments(found), parameters(found)
     known = {arg.name for base in overridden for arg in parameters(base)}  # the library's documentation has them
     known.update(named or re.findall(r"`(\w+)`", found.__doc__))
