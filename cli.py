@@ -19,7 +19,7 @@ VERBS = {
     ),
     "push": ("hub.push", "publish a checkpoint on the Hub with a model card made from its evaluation"),
     "serve": ("inference.serve", "answer OpenAI-style requests over HTTP, with a count for each"),
-    "demo": ("inference.page", "open a page to try a checkpoint at several counts side by side"),
+    "page": ("inference.page", "open a page to try a checkpoint at several counts side by side"),
     "generate": ("inference.ask", "answer a question about an image at one or several counts"),
     "quickstart": ("training.quickstart", "train, evaluate and try the embedded tiny model, start to end"),
 }

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import operator
-import re
 from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
@@ -14,55 +13,12 @@ from transformers import AutoConfig, PreTrainedConfig
 NAMED_COUNTS = ("low", "high", "auto")
 
 
-def parse_num_vision_tokens(text: str | int | list | tuple | None):
-    """
-    Reads a vision-token count as a command line, a request or a JSON file writes it.
-
-    Args:
-        text (`str`, `int`, `list` or `tuple`, *optional*):
-            `"64"`, `"8x12"` (rows x columns), `"low"`, `"high"`, `"auto"`, several of them with commas between, or what is
-            no text: a number, or a list with one entry per image.
-
-    Returns:
-        `int`, `tuple[int, int]`, `str`, a list of these or `None`: A count, a grid, a name, or one of them per image.
-
-    Raises:
-        ValueError: If it is none of these.
-
-    Example:
-
-    ```python
-    >>> from tokenflex.configuration_tokenflex import parse_num_vision_tokens
-
-    >>> [parse_num_vision_tokens(text) for text in ("64", "8x12", "low", "64,8x12", [64, "8x12"])]
-    [64, (8, 12), 'low', [64, (8, 12)], [64, (8, 12)]]
-    ```
-    """
-    if isinstance(text, str) and "," in text:
-        text = [part.strip() for part in text.split(",")]
-    if isinstance(text, list):
-        parsed = [parse_num_vision_tokens(part) for part in text]
-        if not any(isinstance(part, (str, list)) or part is None for part in parsed):
-            return parsed
-    elif isinstance(text, str):
-        if text in NAMED_COUNTS:
-            return text
-        if match := re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", text):
-            return (int(match[1]), int(match[2])) if match[2] else int(match[1])
-    elif text is None or (isinstance(text, (int, tuple)) and not isinstance(text, bool)):
-        return text
-    raise ValueError(
-        f"`num_vision_tokens`={text!r}: give a count such as 64, a grid such as 8x12, a list with one of these per image, or "
-        f"one of {', '.join(NAMED_COUNTS)}."
-    )
-
-
 def resolve_named_count(num_vision_tokens, choices: Sequence[int]):
     """
-    Replaces `"low"` and `"high"` by the smallest and the largest count that was trained; all else is returned as it is.
+    Replaces `"low"` and `"high"` by the smallest and the largest count that was trained; all else stays as it is.
 
     Args:
-        num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list, *optional*): As [`parse_num_vision_tokens`] returns it.
+        num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list, *optional*): A count, grid, name or list.
         choices (`Sequence[int]`): The config's `vision_token_choices`.
 
     Raises:
@@ -119,8 +75,8 @@ def resolve_vision_token_grid(
             rows = columns = 0
         if not (1 <= rows <= max_rows and 1 <= columns <= max_columns):
             raise ValueError(
-                f"`{name}`={num_vision_tokens!r}: a grid is (rows, columns), two integers from (1, 1) to the patch grid "
-                f"({max_rows}, {max_columns})."
+                f"`{name}`={num_vision_tokens!r}: a grid is (rows, columns), two integers from (1, 1) to the patch "
+                f"grid ({max_rows}, {max_columns})."
             )
         return rows, columns
 
@@ -136,10 +92,10 @@ def resolve_vision_token_grid(
     if count < 1 or side * side != count or side > max_side:
         lower = min(max(side, 1), max_side)
         nearest = sorted({lower**2, min(lower + 1, max_side) ** 2}, key=lambda allowed: abs(allowed - count))
-        nearest = nearest if 1 < count < max_side**2 else nearest[:1]
+        nearest = " or ".join(map(str, sorted(nearest if 1 < count < max_side**2 else nearest[:1])))
         raise ValueError(
             f"`{name}`={count}: a vision-token count is a square n*n with n from 1 to {max_side} (the patch grid is "
-            f"{max_rows} x {max_columns}), or a tuple (rows, columns). Nearest: {' or '.join(map(str, sorted(nearest)))}."
+            f"{max_rows} x {max_columns}), or a tuple (rows, columns). Nearest: {nearest}."
         )
     return side, side
 
@@ -232,8 +188,7 @@ def resolve_vision_token_grids(
             (height, width) of each image: an integer count is then matched to the image's shape
             ([`match_vision_token_grid`]) in place of a square.
         num_tiles (sequence of `int`, *optional*):
-            How many tiles each image was cut into. A list of counts may then have one entry per image as well as one
-            per tile.
+            Number of tiles of each image. A list of counts may then have one entry per image or one per tile.
 
     Returns:
         `list[tuple[int, int]]`: One (rows, columns) per image.
@@ -252,8 +207,8 @@ def resolve_vision_token_grids(
     if len(counts) != num_images:
         in_tiles = f" cut into {num_images} tiles" if num_tiles is not None else ""
         raise ValueError(
-            f"`{name}` lists {len(num_vision_tokens)} counts for {len(num_tiles or range(num_images))} images{in_tiles}: "
-            "give one count per image in order of appearance, or a single integer for all of them."
+            f"`{name}` lists {len(num_vision_tokens)} counts for {len(num_tiles or range(num_images))} "
+            f"images{in_tiles}: give one count per image in order of appearance, or a single integer for all of them."
         )
     if image_sizes is None:
         return [resolve_vision_token_grid(count, patch_grid, entry) for count, entry in zip(counts, names)]
@@ -267,7 +222,7 @@ def resolve_vision_token_grids(
     ]
 
 
-# How many class tokens a tower puts before its patches; registers are counted by the tower's own configuration.
+# The number of class tokens before a tower's patches; registers are counted by the tower's own configuration.
 CLASS_TOKENS = {
     "clip_vision_model": 1,
     "dinov2": 1,
@@ -281,17 +236,7 @@ CLASS_TOKENS = {
 
 def count_prefix_tokens(vision_config: PreTrainedConfig) -> int | None:
     """
-    How many class tokens and registers a tower's output holds before its patches; `None` for an unknown tower.
-
-    Example:
-
-    ```python
-    >>> from transformers import Dinov2WithRegistersConfig
-    >>> from tokenflex.configuration_tokenflex import count_prefix_tokens
-
-    >>> count_prefix_tokens(Dinov2WithRegistersConfig(num_register_tokens=4))
-    5
-    ```
+    Counts the class tokens and registers that a tower's output holds before its patches; `None` for an unknown tower.
     """
     class_tokens = CLASS_TOKENS.get(vision_config.model_type)
     return None if class_tokens is None else class_tokens + getattr(vision_config, "num_register_tokens", 0)
@@ -331,10 +276,7 @@ DEFAULT_TEXT_CONFIG = {
     "num_hidden_layers": 28,
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    "rms_norm_eps": 1e-6,
 }
 
 
@@ -357,23 +299,28 @@ class TokenFlexConfig(PreTrainedConfig):
         vision_token_choices (`list[int]`, *optional*, defaults to `[64, 144, 256]`):
             The counts that training draws from (the paper's).
         vision_token_weights (`list[float]`, *optional*, defaults to `[0.2, 0.3, 0.5]`):
-            One weight per choice; they are normalised when drawing.
+            One weight per choice; they are normalized when drawing.
         vision_feature_layer (`int`, *optional*, defaults to -1):
-            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalise.
+            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalize.
         num_prefix_tokens (`int`, *optional*):
-            How many class tokens and registers the tower's output holds before its patches; they are dropped. Known
+            Number of class tokens and registers before the patches of the tower's output; they are dropped. Known
             for SigLIP, CLIP, DINOv2, DINOv3, InternViT and ViT; must be given for other towers.
+        projector_pooling (`str`, *optional*, defaults to `"average"`):
+            The operator that pools patches to a grid, a key of `POOLINGS` in `modeling_tokenflex`.
+        projector_connector (`str`, *optional*, defaults to `"swiglu"`):
+            The module between pooled features and the language model, a key of `CONNECTORS` in `modeling_tokenflex`:
+            the paper's `"swiglu"`, or `"mlp"` of two layers.
         projector_hidden_size (`int`, *optional*, defaults to the language model's hidden size):
-            The inner width of the projector's SwiGLU. The paper does not state it.
+            The inner width of the connector. The paper does not state it.
         projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
-            The activation of the projector's gate.
+            The activation of the connector.
         vision_token_chooser (`dict`, *optional*):
-            What chooses a count when `"auto"` is asked for, as `tokenflex calibrate` writes it: rising `choices`, a
-            `weight` row and a `bias` for each, and the `tolerance`.
+            The rising `choices` among which `"auto"` chooses, and the `tolerance`, as `tokenflex calibrate` writes
+            them. The head that chooses is kept with the weights.
         initializer_range (`float`, *optional*, defaults to 0.02):
             The standard deviation of the projector's initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether input and output embeddings are shared. Set when either this or the text config says so.
+            Whether to share input and output embeddings. Set when either this or the text config says so.
 
     Example:
 
@@ -387,7 +334,7 @@ class TokenFlexConfig(PreTrainedConfig):
     """
 
     model_type = "tokenflex"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_outputs"]
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -399,6 +346,8 @@ class TokenFlexConfig(PreTrainedConfig):
     vision_token_chooser: dict | None = None
     vision_feature_layer: int = -1
     num_prefix_tokens: int | None = None
+    projector_pooling: str = "average"
+    projector_connector: str = "swiglu"
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "silu"
     initializer_range: float = 0.02
@@ -410,7 +359,8 @@ class TokenFlexConfig(PreTrainedConfig):
         self.vision_config = _as_config(self.vision_config, DEFAULT_VISION_CONFIG)
         self.text_config = _as_config(self.text_config, DEFAULT_TEXT_CONFIG)
         super().__post_init__(**kwargs)
-        if getattr(self.vision_config, "vision_use_head", False):
+        is_siglip = self.vision_config.model_type == "siglip_vision_model"
+        if is_siglip and getattr(self.vision_config, "vision_use_head", True):  # transformers 5.18 does not name it
             self.vision_config = copy.deepcopy(self.vision_config)
             self.vision_config.vision_use_head = False
         known = count_prefix_tokens(self.vision_config)
@@ -464,29 +414,13 @@ class TokenFlexConfig(PreTrainedConfig):
         for i, count in enumerate(self.vision_token_choices):
             resolve_vision_token_grid(count, self.patch_grid, f"vision_token_choices[{i}]")
         check_vision_token_weights(self.vision_token_choices, self.vision_token_weights)
-        if self.vision_token_chooser is not None:
-            check_vision_token_chooser(self.vision_token_chooser, self.text_config.hidden_size)
-
-
-def check_vision_token_chooser(chooser: dict, hidden_size: int) -> None:
-    """
-    Checks that a chooser has a row of weights and a bias for each of its rising choices, and a tolerance.
-
-    Raises:
-        ValueError: If that does not hold.
-    """
-    choices, weight, bias = (chooser.get(name) for name in ("choices", "weight", "bias"))
-    if (
-        not choices
-        or sorted(set(choices)) != list(choices)
-        or [len(row) for row in weight or ()] != [hidden_size] * len(choices)
-        or len(bias or ()) != len(choices)
-        or not 0 <= chooser.get("tolerance", -1) <= 1
-    ):
-        raise ValueError(
-            f"`vision_token_chooser` needs rising `choices`, for each of them {hidden_size} numbers in `weight` and one in "
-            "`bias`, and a `tolerance` from 0 to 1, as `tokenflex calibrate` writes them."
-        )
+        if (chooser := self.vision_token_chooser) is not None:
+            choices = chooser.get("choices")
+            if not choices or sorted(set(choices)) != list(choices) or not 0 <= chooser.get("tolerance", -1) <= 1:
+                raise ValueError(
+                    f"`vision_token_chooser`={chooser}: it needs rising `choices` and a `tolerance` from 0 to 1, as "
+                    "`tokenflex calibrate` writes them."
+                )
 
 
 def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float]) -> None:
@@ -511,7 +445,6 @@ def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float])
 __all__ = [
     "TokenFlexConfig",
     "match_vision_token_grid",
-    "parse_num_vision_tokens",
     "resolve_named_count",
     "resolve_vision_token_grid",
     "resolve_vision_token_grids",

@@ -1,30 +1,151 @@
-"""`generate` for TokenFLEX, at any number of vision tokens."""
+"""`generate` for TokenFLEX at any number of vision tokens, and the choice of that number by the model itself."""
 
 import math
+import weakref
+from collections.abc import Sequence
 
 import torch
-from transformers.generation import GenerationConfig, LogitsProcessor
+import transformers
+from torch import nn
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .choosing_tokenflex import TokenFlexChoosingMixin
-from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
-from .conversation_tokenflex import CachedPrompt, cut_tails, locate_images, mask_padding_of_answers
-from .placeholders_tokenflex import recount_vision_tokens
-from .prefill_tokenflex import TokenFlexPrefillMixin
+from .configuration_tokenflex import resolve_named_count, resolve_vision_token_grid
+from .placeholders_tokenflex import asked_grids, at_count, count_images, encoded_grids, first_placeholders
 
 
-_PER_IMAGE = ("image_sizes", "num_tiles")
-_INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", *_PER_IMAGE)
+# The positions of image tokens in caches that `generate` filled: a conversation that goes on in one is encoded alike.
+_IMAGE_POSITIONS = weakref.WeakKeyDictionary()
+KEEPS_IMAGES_OF_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", "image_sizes", "num_tiles")
 
 
-class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
-    """`generate` at a chosen number of vision tokens."""
+def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int], tolerance: float) -> list[int]:
+    """
+    Finds for each question the smallest count whose chance of a right answer falls short of the best count's by no
+    more than a tolerance. A question that no count helps with gets the smallest.
+
+    Args:
+        chances (`torch.Tensor` of shape `(num_questions, num_choices)`): From 0 to 1.
+        choices (`Sequence[int]`): The counts, rising.
+        tolerance (`float`): From 0 to 1.
+
+    Returns:
+        `list[int]`: A count for each question.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tokenflex.generation_tokenflex import smallest_sufficient
+
+    >>> smallest_sufficient(torch.tensor([[0.90, 0.95, 0.93], [0.2, 0.6, 0.9]]), [64, 144, 256], tolerance=0.1)
+    [64, 256]
+    ```
+    """
+    sufficient = chances >= chances.max(-1, keepdim=True).values - tolerance
+    return [choices[place] for place in sufficient.int().argmax(-1).tolist()]
+
+
+class TokenFlexChooser(nn.Module):
+    """
+    The linear head that foresees, from the hidden state of a prompt's last token, the chance of a right answer at each
+    choice. Buffers, so that it is saved with the weights and never trained with them.
+
+    Args:
+        num_choices (`int`): The number of counts to choose from.
+        hidden_size (`int`): The language model's hidden size.
+    """
+
+    def __init__(self, num_choices: int, hidden_size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_choices, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_choices))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Chances from 0 to 1, of shape `(num_questions, num_choices)`; states are `(num_questions, hidden_size)`."""
+        return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float()).sigmoid()
+
+
+class TokenFlexGenerationMixin(GenerationMixin):
+    """
+    `generate` at a chosen number of vision tokens. To choose it, the model reads every question once at the smallest
+    count and foresees at which counts it will be answered rightly, by [`TokenFlexChooser`]; `tokenflex calibrate` fits
+    that head to the model's own right and wrong answers.
+    """
+
+    @torch.no_grad()
+    def read_questions(self, input_ids: torch.LongTensor, **kwargs) -> torch.Tensor:
+        """
+        Computes the hidden state of each prompt's last token at the smallest of `vision_token_choices`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts, at any count.
+            kwargs: The processor's other outputs; `mm_encoder_outputs` may stand for `pixel_values`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, hidden_size)`, in float32.
+        """
+        inputs = {"input_ids": input_ids, **{name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}}
+        pad_token_id = self.generation_config.pad_token_id
+        prompt = at_count(inputs, min(self.config.vision_token_choices), self.config, pad_token_id)
+        hidden_states = self.model(**prompt, use_cache=False, return_dict=True).last_hidden_state
+        mask = prompt.get("attention_mask")
+        if mask is None:
+            return hidden_states[:, -1].float()
+        last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
+        return hidden_states[torch.arange(len(last), device=last.device), last].float()
+
+    def choose_vision_tokens(self, input_ids: torch.LongTensor, tolerance: float | None = None, **kwargs) -> list[int]:
+        """
+        Chooses the count that each prompt's images need, as `generate(num_vision_tokens="auto")` does. A prompt's
+        choice does not depend on the others in the batch.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts, at any count.
+            tolerance (`float`, *optional*):
+                By how much a chosen count's chance of a right answer may fall short of the best count's, from 0 to 1.
+                Defaults to the value that `tokenflex calibrate` found.
+            kwargs: As for [`~TokenFlexGenerationMixin.read_questions`].
+
+        Returns:
+            `list[int]`: One of `vision_token_choices` for each prompt.
+
+        Raises:
+            ValueError: If the model has not been calibrated.
+        """
+        chooser = self.config.vision_token_chooser
+        if chooser is None:
+            choices = self.config.vision_token_choices
+            raise ValueError(
+                "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex calibrate` on "
+                f"it, or ask for 'low' ({min(choices)}), 'high' ({max(choices)}) or any count."
+            )
+        chances = self.model.vision_token_chooser(self.read_questions(input_ids, **kwargs))
+        return smallest_sufficient(
+            chances, chooser["choices"], chooser["tolerance"] if tolerance is None else tolerance
+        )
+
+    def _choose_counts(self, prompt: dict) -> tuple[dict, list[int] | None, list[int] | None]:
+        """The prompt with features for pixels, the count of each image, and of each prompt, 0 without images."""
+        if prompt.get("pixel_values") is None and not prompt.get("mm_encoder_outputs"):
+            return prompt, None, None
+        if not prompt.get("mm_encoder_outputs"):
+            prompt = dict(prompt)
+            features = self.model.get_image_features(prompt.pop("pixel_values"), 1, return_dict=True)
+            prompt["mm_encoder_outputs"] = {"image": features}
+        chosen = self.choose_vision_tokens(**{name: prompt.get(name) for name in ("input_ids", *INPUTS)})
+        input_ids = prompt["input_ids"]
+        first = first_placeholders(input_ids, encoded_grids(prompt, self.config), self.config.image_token_id)
+        rows = (first // input_ids.shape[1]).tolist()
+        return prompt, [chosen[row] for row in rows], [n if row in rows else 0 for row, n in enumerate(chosen)]
 
     @torch.no_grad()
     def generate(
         self,
         inputs: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         *args,
         num_vision_tokens: int | tuple[int, int] | list | str | None = None,
         **kwargs,
@@ -39,16 +160,19 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
             generation_config (`GenerationConfig`, *optional*):
                 As in transformers. An entry `num_vision_tokens` in it, a count or a grid for all images, is used when
                 the argument is not given, and one in the model's own generation config when neither is.
+            logits_processor (`LogitsProcessorList`, *optional*):
+                As in transformers. Like a custom stopping criterion and `prefix_allowed_tokens_fn` it sees the prompt
+                as it is generated at, not the caller's.
             num_vision_tokens (`int`, `tuple[int, int]`, a list of these, or `str`, *optional*):
-                A count n*n or grid (rows, columns) for all images, or a list with one per image in order of
-                appearance (an image's tiles share its entry; a video's frames are images). Where the inputs carry
-                `image_sizes`, an integer is matched to each image's shape. `"low"` and `"high"` are the smallest and
-                largest of the config's `vision_token_choices`; `"auto"` chooses one of them for each prompt
-                ([`~TokenFlexChoosingMixin.choose_vision_tokens`]). Defaults to the counts as encoded.
+                A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance
+                (an image's tiles share its entry). Where the inputs carry `image_sizes`, an integer is matched to each
+                image's shape. `"low"` and `"high"` are the smallest and largest of the config's
+                `vision_token_choices`; `"auto"` chooses one of them for each prompt
+                ([`~TokenFlexGenerationMixin.choose_vision_tokens`]). Defaults to the counts as encoded.
             kwargs:
-                As in transformers. With `past_key_values` of an earlier turn, images that are in the cache stay at the
-                count they have there; images in the new part of the prompt are encoded. `mm_encoder_outputs=
-                {"image": model.get_image_features(...)}` in place of `pixel_values` saves running the tower again.
+                As in transformers. `mm_encoder_outputs={"image": model.get_image_features(...)}` in place of
+                `pixel_values` saves running the tower again. With filled `past_key_values` the whole conversation is
+                given, encoded at the counts that the cache holds; images in the cache may be given or left out.
 
         Returns:
             As in transformers. Sequences begin with the caller's `input_ids`, so
@@ -58,384 +182,199 @@ class TokenFlexGenerationMixin(TokenFlexChoosingMixin, TokenFlexPrefillMixin):
 
         Raises:
             ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
-                rewritten that cannot be: in a filled cache, or given as `inputs_embeds`.
+                rewritten that cannot be: behind a filled cache, or given as `inputs_embeds`.
         """
-        options = _Options(kwargs, generation_config, self.generation_config)
-        is_asked = num_vision_tokens is not None
-        if not is_asked:
-            num_vision_tokens = options.get("num_vision_tokens")
-            if isinstance(num_vision_tokens, list):  # JSON has no tuples: how a saved config holds (rows, columns)
+        configs = (generation_config, self.generation_config)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        processors = LogitsProcessorList([NoImageToken(self.config.image_token_id), *(logits_processor or [])])
+        kept = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        is_final = kept is not None and kept.pooler_output is not None and kwargs.get("vision_token_grids") is None
+        if num_vision_tokens is None and is_final:  # pooled already: how transformers hands a prompt to an assistant
+            return super().generate(input_ids, generation_config, processors, *args, **kwargs)
+        if num_vision_tokens is None:
+            num_vision_tokens = _said("num_vision_tokens", {}, *configs)
+            if isinstance(num_vision_tokens, list):  # JSON has no tuples: a saved config holds (rows, columns) so
                 num_vision_tokens = tuple(num_vision_tokens)
         elif not isinstance(num_vision_tokens, (list, str)) and kwargs.get("image_sizes") is None:
-            resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        chosen = None
-        if isinstance(num_vision_tokens, str):
-            num_vision_tokens, chosen = self._resolve_named_count(num_vision_tokens, input_ids, kwargs)
-        num_images, _ = _count_images(kwargs)
+            resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)  # without images it is not used
+        num_vision_tokens = resolve_named_count(num_vision_tokens, self.config.vision_token_choices)
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # as transformers calls it from 5.24 on
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        self._refuse_unsupported(input_ids, num_vision_tokens, cached, kwargs, configs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            if num_vision_tokens is not None and num_images:
-                raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens} cannot be applied to `inputs_embeds`: pass `input_ids`, or "
-                    "embed the prompt at that count."
-                )
-            return super().generate(input_ids, generation_config, *args, **kwargs)
-        if kwargs.get("pixel_values") is not None and kwargs.get("mm_encoder_outputs"):
-            raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
-        if options.get("cache_implementation") == "paged":
-            self._refuse_images(input_ids, "`cache_implementation`='paged'")
+            return super().generate(input_ids, generation_config, processors, *args, **kwargs)
 
-        attention_mask = self._infer_attention_mask(input_ids, kwargs, options)
-        cached = self._read_cache(input_ids, attention_mask, kwargs, options)
-        if cached is None:
-            prompt, encoded, grids = self._recount_prompt(input_ids, num_vision_tokens, kwargs, options)
+        prompt, chosen = {**kwargs, "input_ids": input_ids}, None
+        if num_vision_tokens == "auto":
+            prompt, num_vision_tokens, chosen = self._choose_counts(prompt)
+        if cached:
+            self._keep_new_images(prompt, num_vision_tokens, cache, cached)
         else:
-            prompt, encoded, grids = self._continue_prompt(
-                cached, input_ids, attention_mask, num_vision_tokens, is_asked, kwargs, options
-            )
+            prompt = at_count(prompt, num_vision_tokens, self.config, _padding(kwargs, configs))
+            num_images, num_grids = count_images(prompt) or 0, len(prompt.get("vision_token_grids", ()))
+            if num_images != num_grids:
+                raise ValueError(
+                    f"Image features and image tokens do not match: {num_images} images are given, but `input_ids` "
+                    f"holds {num_grids}."
+                )
+        self._encode_images(prompt, cached)
         rewritten = prompt.pop("input_ids")
-        output = super().generate(rewritten, generation_config, *args, **prompt)
-        if chosen is not None and not isinstance(output, torch.Tensor):
+        output = super().generate(rewritten, generation_config, processors, *args, **prompt)
+
+        is_tensor = isinstance(output, torch.Tensor)
+        if chosen is not None and not is_tensor:
             output["num_vision_tokens"] = torch.tensor(chosen, device=output.sequences.device)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        cache = prompt.get("past_key_values") if isinstance(output, torch.Tensor) else output.past_key_values
+        cache = cache if is_tensor else output.past_key_values
         if cache is not None:
-            mask = self._infer_attention_mask(rewritten, prompt, options)
-            self._note_cache(cache, sequences, mask, encoded, grids, options)
+            _IMAGE_POSITIONS[cache] = rewritten == self.config.image_token_id
         if rewritten is input_ids:
             return output
+        sequences = output if is_tensor else output.sequences
         answers = sequences[:, rewritten.shape[1] :]
         callers = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0).to(answers.device)
         sequences = torch.cat([callers, answers], dim=-1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
+        if not is_tensor:
+            output.sequences = sequences
+        return sequences if is_tensor else output
 
-    def _recount_prompt(
-        self,
-        input_ids: torch.LongTensor,
-        num_vision_tokens: int | tuple[int, int] | list | None,
-        kwargs: dict,
-        options: "_Options",
-    ) -> tuple[dict, list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
-        """
-        Rewrites prompts to the counts they are generated at.
-
-        Returns:
-            `tuple`: The arguments of `generate`, and for each row the grids of its images, as encoded and as generated
-            at.
-        """
-        num_images, _ = _count_images(kwargs)
-        encoded, _, rows = self._locate_encoded(input_ids, kwargs)
-        grids = self._asked_grids(num_vision_tokens, encoded, kwargs)
-        if num_images != len(grids):
-            raise _mismatch(num_images, len(grids), len(grids))
-        prompt = {**kwargs, "input_ids": input_ids}
-        if grids != encoded:
-            prompt["attention_mask"] = self._infer_attention_mask(input_ids, kwargs, options)
-            prompt["vision_token_grids"] = torch.tensor(encoded)
-            prompt = recount_vision_tokens(prompt, grids, self.config.image_token_id, options.get("pad_token_id"))
-        self._pool_images(prompt, grids, list(range(num_images)))
-        return prompt, _by_row(encoded, rows, len(input_ids)), _by_row(grids, rows, len(input_ids))
-
-    def _recount_inputs(self, num_vision_tokens: int, input_ids: torch.LongTensor, kwargs: dict) -> dict:
-        """What `forward` takes of the arguments of `generate`, at another count."""
-        inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
-        return self._recount_prompt(input_ids, num_vision_tokens, inputs, _Options(kwargs, self.generation_config))[0]
-
-    def _continue_prompt(
-        self,
-        cached: CachedPrompt,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor,
-        num_vision_tokens: int | tuple[int, int] | list | None,
-        is_asked: bool,
-        kwargs: dict,
-        options: "_Options",
-    ) -> tuple[dict, list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
-        """
-        Puts the part of prompts that is not in the cache behind what is, as it lies there. Images in the cache keep their
-        counts; the others are generated at those asked for.
-
-        Returns:
-            As `_recount_prompt`.
-        """
-        token_id, batch_size = self.config.image_token_id, len(input_ids)
-        cached_length = cached.input_ids.shape[1]
-        encoded, columns, rows = self._locate_encoded(input_ids, kwargs, cached)
-        starts = cached.find_end(input_ids, attention_mask, encoded, token_id)
-        is_new = columns >= torch.tensor(starts, device=columns.device)[rows]
-        new = is_new.nonzero().squeeze(-1).tolist()
-        in_cache = sum(cached.grids, [])
-        num_images, _ = _count_images(kwargs)
-        if not is_asked and not new:
-            asked = encoded
-        elif num_images == len(new) != len(encoded) and any(kwargs.get(n) is not None for n in _PER_IMAGE):
-            # Shapes and tiles are known of the new images alone; those in the cache stay as they are.
-            held, more = iter(in_cache), iter(self._asked_grids(num_vision_tokens, [encoded[i] for i in new], kwargs))
-            asked = [next(more if is_one else held) for is_one in is_new.tolist()]
-        else:
-            asked = self._asked_grids(num_vision_tokens, encoded, kwargs)
-        differing = [grid for i, grid in enumerate(asked) if not is_new[i]] != in_cache
-        if is_asked and num_vision_tokens is not None and differing:
-            raise ValueError(
-                f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached_length} tokens with images "
-                f"at {in_cache}, which are already encoded: leave the argument out, give a list in which these keep their "
-                "counts, or start with an empty cache."
-            )
-        if num_images not in (len(encoded), len(new)):
-            raise _mismatch(num_images, len(encoded), len(new))
-
-        ids, mask = cut_tails(input_ids, attention_mask, starts, options.get("pad_token_id") or 0)
-        tail = {"input_ids": ids, "attention_mask": mask}
-        tail["vision_token_grids"] = torch.tensor([encoded[i] for i in new], dtype=torch.long).reshape(-1, 2)
-        tail = recount_vision_tokens(tail, [asked[i] for i in new], token_id, options.get("pad_token_id"))
-        prompt = {name: value for name, value in kwargs.items() if name not in ("position_ids", "mm_token_type_ids")}
-        prompt["input_ids"] = torch.cat([cached.input_ids, tail["input_ids"]], dim=-1)
-        prompt["attention_mask"] = torch.cat([cached.attention_mask, tail["attention_mask"]], dim=-1)
-        self._pool_images(prompt, [asked[i] for i in new], new if num_images == len(encoded) else range(len(new)))
-        new_encoded = _by_row([encoded[i] for i in new], rows[is_new], batch_size)
-        new_grids = _by_row([asked[i] for i in new], rows[is_new], batch_size)
-        return (
-            prompt,
-            [old + more for old, more in zip(cached.encoded, new_encoded)],
-            [old + more for old, more in zip(cached.grids, new_grids)],
-        )
-
-    def _read_cache(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, kwargs: dict, options: "_Options"
-    ) -> CachedPrompt | None:
-        """What the cache holds; `None` if it is empty or nobody's images are concerned."""
-        cache = kwargs.get("past_key_values")
-        length = int(cache.get_seq_length()) if cache is not None else 0
-        if length == 0:
-            return None
-        cached = getattr(cache, "cached_prompt", None)
-        has_images = cached is not None and any(cached.grids)
-        if not has_images and not (input_ids == self.config.image_token_id).any():
-            return None
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass "
-                "the whole conversation, not only what `past_key_values` does not hold."
-            )
-        if cached is not None and (length > cached.input_ids.shape[1] or len(input_ids) % len(cached.input_ids)):
-            if cached.encoded != cached.grids:
-                raise ValueError(
-                    f"`past_key_values` holds {length} tokens, of which `generate` noted {cached.input_ids.shape[1]} in "
-                    f"{len(cached.input_ids)} rows with re-counted images: crop it to these, or start with an empty cache."
-                )
-            cached = None
-        if cached is not None:
-            cached = cached.crop(length, self.config.image_token_id)
-            return cached.repeat(len(input_ids) // len(cached.input_ids))
-        # Filled elsewhere: the prompt must begin with what the cache holds, column by column.
-        if length >= input_ids.shape[1]:
-            raise ValueError(
-                f"`past_key_values` holds {length} tokens, but the prompt has only {input_ids.shape[1]}: pass the whole "
-                "conversation, with new tokens at its end."
-            )
-        grids = self._grids_in_prefix(input_ids, length, kwargs)
-        return CachedPrompt(input_ids[:, :length], attention_mask[:, :length], grids, grids)
-
-    def _grids_in_prefix(self, input_ids: torch.LongTensor, length: int, kwargs: dict) -> list[list[tuple[int, int]]]:
-        """The grids of the images in the first `length` columns, guessed from their runs if nobody says them."""
-        token_id = self.config.image_token_id
-        try:
-            encoded, _, rows = self._locate_encoded(input_ids, kwargs)
-        except ValueError:
-            guessed = []
-            for row in (input_ids[:, :length] == token_id).long():
-                edges = (
-                    torch.diff(row, prepend=row.new_zeros(1), append=row.new_zeros(1)).nonzero().squeeze(-1).tolist()
-                )
-                runs = [end - start for start, end in zip(edges[::2], edges[1::2])]
-                guessed.append([(math.isqrt(run),) * 2 if math.isqrt(run) ** 2 == run else (1, run) for run in runs])
-            return guessed
-        prefix = CachedPrompt(input_ids, input_ids, [], _by_row(encoded, rows, len(input_ids)))
-        prefix.encoded = prefix.grids
-        return prefix.crop(length, token_id).grids
-
-    def _locate_encoded(
-        self, input_ids: torch.LongTensor, kwargs: dict, cached: CachedPrompt | None = None
-    ) -> tuple[list[tuple[int, int]], torch.LongTensor, torch.LongTensor]:
-        """
-        The grids that all images of the prompts were encoded at, those in the cache included, and the first column and
-        the row of each.
-        """
-        token_id = self.config.image_token_id
-        num_images, image_outputs = _count_images(kwargs)
-        given = kwargs.get("vision_token_grids")
-        if given is not None:
-            given = self.model.resolve_grids(len(given) if cached else num_images, vision_token_grids=given)
-        candidates = [given, getattr(image_outputs, "vision_token_grids", None)]
-        if cached is not None:
-            new = next((grids for grids in candidates if grids is not None), [])
-            tokens_per_row = (input_ids == token_id).sum(-1).tolist()
-            candidates += [_extend(grids, new, tokens_per_row) for grids in (cached.encoded, cached.grids)]
-        for grids in candidates:
-            if grids is not None and (located := _try_to_locate(input_ids, grids, token_id)):
-                return grids, *located
-        grids = given or []
-        if given is None and num_images:
-            grids = self.model.resolve_grids(num_images, input_ids=input_ids)
-        return grids, *locate_images(input_ids, grids, token_id)
-
-    def _asked_grids(
-        self, num_vision_tokens: int | tuple[int, int] | list | None, encoded: list[tuple[int, int]], kwargs: dict
-    ) -> list[tuple[int, int]]:
-        if num_vision_tokens is None or not (encoded or isinstance(num_vision_tokens, list)):
-            return encoded
-        sizes = {name: torch.as_tensor(kwargs[name]).tolist() for name in _PER_IMAGE if kwargs.get(name) is not None}
-        return resolve_vision_token_grids(num_vision_tokens, len(encoded), self.config.patch_grid, **sizes)
-
-    def _pool_images(self, prompt: dict, grids: list[tuple[int, int]], selected: list[int]) -> None:
-        """Leaves of the prompt's images, or of their kept features, the selected ones at their grids."""
-        num_images, image_outputs = _count_images(prompt)
-        for name in ("image_sizes", "num_tiles", "vision_token_grids", "mm_encoder_outputs"):
+    def _encode_images(self, prompt: dict, cached: int) -> None:
+        """Puts features in the place of images, a row's together, which transformers 5.18 would mix up in beams."""
+        kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
+        images, grids = prompt.pop("pixel_values", None), prompt.pop("vision_token_grids", None)
+        for name in ("image_sizes", "num_tiles"):
             prompt.pop(name, None)
-        pixel_values = prompt.pop("pixel_values", None)
-        if not grids:
+        if images is None and kept is None:
             return
-        prompt["vision_token_grids"] = torch.tensor(grids)
-        images = pixel_values if image_outputs is None else image_outputs.last_hidden_state
-        images = images if len(selected) == num_images else images[list(selected)]
-        if image_outputs is None:
-            prompt["pixel_values"] = images
+        if kept is None:
+            kept = self.model.get_image_features(images, vision_token_grids=grids, return_dict=True)
         else:
-            prompt["mm_encoder_outputs"] = {"image": self.model.pool_image_features(images, grids)}
+            kept = self.model.pool_image_features(kept.last_hidden_state, [tuple(grid) for grid in grids.tolist()])
+        tokens = (prompt["input_ids"][:, cached:] == self.config.image_token_id).sum(-1).tolist()
+        kept.pooler_output = [row for row in torch.cat(list(kept.pooler_output)).split(tokens) if len(row)]
+        prompt["mm_encoder_outputs"] = {"image": kept}
 
-    def _note_cache(
-        self,
-        cache,
-        sequences: torch.LongTensor,
-        attention_mask: torch.LongTensor,
-        encoded: list[list[tuple[int, int]]],
-        grids: list[list[tuple[int, int]]],
-        options: "_Options",
-    ) -> None:
-        """Writes down in the cache what it holds, for the next turn."""
-        cache.cached_prompt = None
-        length, prompt_length = int(cache.get_seq_length()), attention_mask.shape[-1]
-        if not prompt_length <= length <= sequences.shape[1]:
+    def _keep_new_images(self, prompt: dict, num_vision_tokens, cache, cached: int) -> None:
+        """Leaves of a conversation's images those behind its cache, which has to hold the others alike."""
+        input_ids, mask = prompt["input_ids"], prompt.get("attention_mask")
+        batch_size, length = input_ids.shape
+        is_image, noted = input_ids == self.config.image_token_id, _IMAGE_POSITIONS.get(cache)
+        if not is_image.any() and (noted is None or not noted.any()):
             return
-        copies = len(sequences) // len(grids)
-        if (options.get("num_beams") or 1) > 1:
-            # Beams leave answers in the cache that are not those of the sequences: only the prompt is known.
-            cache.cached_prompt = CachedPrompt(sequences[::copies, :prompt_length], attention_mask, encoded, grids)
-            return
-        ends = options.end_token_ids
-        pad_token_id = options.get("pad_token_id")
-        pad_token_id = ends[0] if pad_token_id is None and ends else pad_token_id
-        answers_mask = mask_padding_of_answers(sequences[:, prompt_length:], pad_token_id, ends)
-        mask = torch.cat([attention_mask.repeat_interleave(copies, dim=0).to(sequences.device), answers_mask], dim=-1)
-        cache.cached_prompt = CachedPrompt(sequences[:, :length], mask[:, :length], encoded, grids)
-        if copies > 1:
-            cache.cached_prompt.encoded = [row for row in encoded for _ in range(copies)]
-            cache.cached_prompt.grids = [row for row in grids for _ in range(copies)]
+        if cached >= length or (mask is not None and mask.shape != input_ids.shape):
+            raise ValueError(
+                f"`past_key_values` holds {cached} tokens, but `input_ids` has shape {tuple(input_ids.shape)} and "
+                f"`attention_mask` {None if mask is None else tuple(mask.shape)}: pass the whole conversation, with "
+                "new tokens at its end."
+            )
+        if noted is not None and batch_size % len(noted) == 0:
+            noted = noted.repeat_interleave(batch_size // len(noted), dim=0)[:, :cached].to(is_image.device)
+            if not torch.equal(noted, is_image[:, : noted.shape[1]]):
+                raise ValueError(
+                    f"`past_key_values` holds {cached} tokens with images in runs of {_run_lengths(noted)}, but "
+                    f"`input_ids` has them in runs of {_run_lengths(is_image[:, :cached])}: encode the conversation "
+                    "at the counts that the cache holds, or start with an empty cache."
+                )
+        grids = encoded_grids(prompt, self.config)
+        if num_vision_tokens is not None:
+            runs = sum(_run_lengths(is_image), [])
+            asked = asked_grids(prompt, num_vision_tokens, len(grids or runs), self.config)
+            if asked != grids if grids else [rows * columns for rows, columns in asked] != runs:
+                raise ValueError(
+                    f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached} tokens, behind "
+                    f"which a prompt with images in runs of {_run_lengths(is_image)} is not re-counted: leave the "
+                    "argument out, or encode the whole conversation at the counts asked for and start with an empty "
+                    "cache."
+                )
+        are_all_new = sum(rows * columns for rows, columns in grids) == int(is_image[:, cached:].sum())
+        start = cached if are_all_new else 0
+        first = first_placeholders(input_ids[:, start:], grids, self.config.image_token_id)
+        columns = first % (length - start) + start
+        is_new = columns >= cached
+        ends = columns + torch.tensor([rows * columns for rows, columns in grids], device=columns.device)
+        if (~is_new & (ends > cached)).any():
+            raise ValueError(
+                f"`past_key_values` ends after {cached} tokens, inside an image: crop it to before the image, or "
+                "behind it."
+            )
+        kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
+        if kept is not None and is_new.any():
+            kept = BaseModelOutputWithPooling(last_hidden_state=kept.last_hidden_state[is_new])
+            prompt["mm_encoder_outputs"] = {"image": kept}
+        for name in ("pixel_values", "vision_token_grids"):
+            images = prompt.pop(name, None)
+            if images is not None and is_new.any():
+                prompt[name] = images[is_new]
 
-    def _infer_attention_mask(
-        self, input_ids: torch.LongTensor, kwargs: dict, options: "_Options"
-    ) -> torch.LongTensor:
-        """The mask as transformers infers it where none is given."""
-        if kwargs.get("attention_mask") is not None:
-            return kwargs["attention_mask"]
-        pad_token_id = options.get("pad_token_id")
-        if pad_token_id is None or pad_token_id in options.end_token_ids:
-            return torch.ones_like(input_ids)
-        return (input_ids != pad_token_id).long()
+    def _refuse_unsupported(self, input_ids, num_vision_tokens, cached: int, kwargs: dict, configs: tuple) -> None:
+        """Names what transformers' `generate` cannot do with images, or behind a filled cache."""
+        if kwargs.get("pixel_values") is not None and kwargs.get("mm_encoder_outputs"):
+            raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
+        if num_vision_tokens == "auto" and (cached or input_ids is None):
+            raise ValueError(
+                "`num_vision_tokens`='auto' reads the whole prompt, so that it takes `input_ids` and no filled "
+                "`past_key_values`: name a count."
+            )
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            if num_vision_tokens is not None and count_images(kwargs):
+                raise ValueError(
+                    f"`num_vision_tokens`={num_vision_tokens} cannot be applied to `inputs_embeds`: pass `input_ids`, "
+                    "or embed the prompt at that count."
+                )
+        elif _said("cache_implementation", kwargs, *configs) == "paged":
+            self._refuse_images(input_ids, "`cache_implementation`='paged'")
+        if count_images(kwargs) and _said("prefill_chunk_size", kwargs, *configs) and not KEEPS_IMAGES_OF_CHUNKS:
+            raise ValueError(
+                f"`prefill_chunk_size`: transformers {transformers.__version__} drops images in it: leave it out, or "
+                "install 5.23 or later."
+            )
+        drafts = kwargs.get("assistant_model") is not None or _said("prompt_lookup_num_tokens", kwargs, *configs)
+        if cached and drafts:
+            raise ValueError(
+                f"`past_key_values` holds {cached} tokens, and transformers cannot draft behind a filled cache: leave "
+                "`assistant_model` and `prompt_lookup_num_tokens` out, or start with an empty cache."
+            )
 
     def _refuse_images(self, input_ids: torch.LongTensor, where: str) -> None:
-        num_tokens = int((input_ids == self.config.image_token_id).sum())
-        if num_tokens:
+        if num_tokens := int((input_ids == self.config.image_token_id).sum()):
             raise ValueError(
                 f"{where} takes no images in transformers, but `input_ids` holds {num_tokens} image tokens: call "
                 "`generate` with another cache."
             )
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
-        """[`~transformers.GenerationMixin.generate_batch`] for prompts without images, all that transformers 5.23 takes."""
+        """[`~transformers.GenerationMixin.generate_batch`], for prompts without images; others are refused."""
         for input_ids in inputs:
             self._refuse_images(torch.as_tensor(input_ids), "`generate_batch`")
         return super().generate_batch(inputs, *args, **kwargs)
 
-    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            raise ValueError(
-                f"`past_key_values` holds {int(cache.get_seq_length())} tokens, and transformers cannot draft behind a "
-                "filled cache: leave `assistant_model` and `prompt_lookup_num_tokens` out, or start with an empty cache."
-            )
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
-    def _get_logits_processor(self, *args, device=None, **kwargs):
-        # An image token in an answer would stand for an image that is not there, as would one that prompt lookup copies.
-        processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        processors.insert(0, _NoImageToken(self.config.image_token_id, device or "cpu"))
-        return processors
+class NoImageToken(LogitsProcessor):
+    """Keeps the image token out of answers, as `suppress_tokens` does by looking through the vocabulary every step."""
 
-
-class _NoImageToken(LogitsProcessor):
-    def __init__(self, image_token_id: int, device: torch.device | str):
-        self.column = torch.tensor(image_token_id, device=device)
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores.index_fill(-1, self.column, -math.inf)
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -math.inf
+        return scores
 
 
-class _Options:
-    """What was said about generating: in arguments, else in the passed config, else in the model's own."""
-
-    def __init__(self, kwargs: dict, *configs: GenerationConfig | None):
-        self.kwargs, self.configs = kwargs, configs
-
-    def get(self, name: str):
-        said = (self.kwargs.get(name), *(getattr(config, name, None) for config in self.configs))
-        return next((value for value in said if value is not None), None)
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        ends = self.get("eos_token_id")
-        return [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+def _said(name: str, kwargs: dict, *configs: GenerationConfig | None):
+    """Looks an option up in the arguments, else in the passed config, else in the model's own."""
+    said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in said if value is not None), None)
 
 
-def _mismatch(num_images: int, num_in_prompt: int, num_new: int) -> ValueError:
-    behind = f", {num_new} of them behind what `past_key_values` holds" if num_new != num_in_prompt else ""
-    return ValueError(
-        f"Image features and image tokens do not match: {num_images} images are given, but `input_ids` holds "
-        f"{num_in_prompt}{behind}."
-    )
+def _padding(kwargs: dict, configs: tuple) -> int | None:
+    """The id by which padding is known; as in transformers, one that also ends answers says nothing."""
+    pad_token_id, ends = (_said(name, kwargs, *configs) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+    return None if pad_token_id in ends else pad_token_id
 
 
-def _count_images(kwargs: dict) -> tuple[int, BaseModelOutputWithPooling | None]:
-    image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    images = kwargs.get("pixel_values") if image_outputs is None else image_outputs.last_hidden_state
-    return 0 if images is None else len(images), image_outputs
-
-
-def _try_to_locate(input_ids: torch.LongTensor, grids: list[tuple[int, int]], image_token_id: int):
-    try:
-        return locate_images(input_ids, grids, image_token_id)
-    except ValueError:
-        return None
-
-
-def _by_row(items: list, rows: torch.LongTensor, batch_size: int) -> list[list]:
-    grouped = [[] for _ in range(batch_size)]
-    for item, row in zip(items, rows.tolist()):
-        grouped[row].append(item)
-    return grouped
-
-
-def _extend(
-    known: list[list[tuple[int, int]]], new: list[tuple[int, int]], tokens_per_row: list[int]
-) -> list[tuple[int, int]]:
-    """The known grids of each row, and then new ones up to the row's number of image tokens."""
-    new, grids = iter(new), []
-    for row, tokens in zip(known, tokens_per_row):
-        row = list(row)
-        while sum(rows * columns for rows, columns in row) < tokens and (grid := next(new, None)):
-            row.append(grid)
-        grids += row
-    return grids
+def _run_lengths(is_image: torch.BoolTensor) -> list[list[int]]:
+    """The lengths of each row's unbroken runs of image tokens."""
+    edges = nn.functional.pad(is_image.long(), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return [(ends - starts)[starts[:, 0] == row, 1].tolist() for row in range(len(is_image))]

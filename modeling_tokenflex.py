@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 from transformers import AutoModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -18,119 +17,10 @@ from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
-from .generation_tokenflex import TokenFlexGenerationMixin
-from .image_cache_tokenflex import ImageFeatureCache
-from .packing_tokenflex import create_packed_masks, packed_position_ids
-from .placeholders_tokenflex import infer_vision_token_grids
-
-
-def pooling_weights(
-    input_size: int, output_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """
-    The matrix that averages `input_size` values into `output_size` windows, window i spanning
-    `floor(i * input_size / output_size)` to `ceil((i + 1) * input_size / output_size)`. Applied to rows and columns it
-    equals `torch.nn.functional.adaptive_avg_pool2d`, and unlike it is deterministic on every device and can be
-    exported for sizes that do not divide each other.
-
-    Args:
-        input_size (`int`): How many values there are.
-        output_size (`int`): How many windows to average them into.
-        device (`torch.device`, *optional*): Where the matrix is made. Defaults to torch's default device.
-        dtype (`torch.dtype`, *optional*): Its dtype. Defaults to torch's default dtype.
-
-    Returns:
-        `torch.Tensor` of shape `(output_size, input_size)`: Rows sum to one.
-
-    Example:
-
-    ```python
-    >>> from tokenflex import pooling_weights
-
-    >>> pooling_weights(3, 2)
-    tensor([[0.5000, 0.5000, 0.0000],
-            [0.0000, 0.5000, 0.5000]])
-    ```
-    """
-    window = torch.arange(output_size, device=device)[:, None]
-    position = torch.arange(input_size, device=device)[None, :]
-    start = window * input_size // output_size
-    end = ((window + 1) * input_size + output_size - 1) // output_size
-    inside = ((position >= start) & (position < end)).to(dtype or torch.get_default_dtype())
-    return inside / inside.sum(-1, keepdim=True)
-
-
-class TokenFlexSwiGLU(nn.Module):
-    """SwiGLU from the tower's width to the language model's: `down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: TokenFlexConfig):
-        super().__init__()
-        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.gate = nn.Linear(vision_size, config.projector_hidden_size, bias=False)
-        self.up = nn.Linear(vision_size, config.projector_hidden_size, bias=False)
-        self.down = nn.Linear(config.projector_hidden_size, text_size, bias=False)
-        self.act_fn = ACT2FN[config.projector_hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act_fn(self.gate(hidden_states)) * self.up(hidden_states))
-
-
-class TokenFlexProjector(nn.Module):
-    """
-    Adaptive average pooling of the patch grid to a chosen grid, then SwiGLU (arXiv 2504.03154, abstract).
-
-    Args:
-        config ([`TokenFlexConfig`]): The configuration.
-    """
-
-    def __init__(self, config: TokenFlexConfig):
-        super().__init__()
-        self.patch_grid = config.patch_grid
-        self.swiglu = TokenFlexSwiGLU(config)
-
-    def pool(self, patch_features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """
-        Averages patch features to a grid.
-
-        Args:
-            patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`): Row by row.
-            grid (`tuple[int, int]`): (rows, columns).
-
-        Returns:
-            `torch.Tensor` of shape `(num_images, rows * columns, vision_hidden_size)`.
-        """
-        if grid == self.patch_grid:
-            return patch_features
-        options = {"device": patch_features.device, "dtype": patch_features.dtype}
-        along_rows = pooling_weights(self.patch_grid[0], grid[0], **options)
-        along_columns = pooling_weights(self.patch_grid[1], grid[1], **options)
-        num_images, _, width = patch_features.shape
-        pooled = along_rows @ patch_features.reshape(num_images, self.patch_grid[0], -1)
-        pooled = along_columns @ pooled.view(num_images, grid[0], self.patch_grid[1], width)
-        return pooled.view(num_images, grid[0] * grid[1], width)
-
-    def forward(self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """
-        Args:
-            patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
-                The tower's features.
-            grids (sequence of `tuple[int, int]`):
-                (rows, columns) for each image.
-
-        Returns:
-            `torch.Tensor` of shape `(num_images, num_vision_tokens, hidden_size)` when all grids are equal, else of
-            shape `(total_vision_tokens, hidden_size)`, image by image. One tensor from one call of SwiGLU, whatever the
-            grids: where weights are shared out between processes, all of them have to make the same calls.
-        """
-        patch_features = patch_features.to(self.swiglu.down.weight.dtype)
-        if len(set(grids)) == 1:
-            return self.swiglu(self.pool(patch_features, grids[0]))
-        pooled = [None] * len(grids)
-        for grid in dict.fromkeys(grids):
-            members = [i for i, other in enumerate(grids) if other == grid]
-            for i, tokens in zip(members, self.pool(patch_features[members], grid)):
-                pooled[i] = tokens
-        return self.swiglu(torch.cat(pooled))
+from .generation_tokenflex import TokenFlexChooser, TokenFlexGenerationMixin
+from .packing_tokenflex import pack_attention
+from .placeholders_tokenflex import encoded_grids
+from .projector_tokenflex import TokenFlexProjector
 
 
 @dataclass
@@ -148,24 +38,18 @@ class TokenFlexImageOutput(BaseModelOutputWithPooling):
 class TokenFlexModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        image_hidden_states (`torch.Tensor` of shape `(num_images, num_vision_tokens, hidden_size)` or a list of \
-        `(num_vision_tokens, hidden_size)` tensors):
-            The projected vision tokens; a list when counts differ between images.
+        image_outputs ([`TokenFlexImageOutput`], *optional*):
+            The images' features, as [`~TokenFlexModel.get_image_features`] returns them.
     """
 
-    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: TokenFlexImageOutput | None = None
 
 
 @dataclass
 class TokenFlexCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(num_images, num_vision_tokens, hidden_size)` or a list of \
-        `(num_vision_tokens, hidden_size)` tensors):
-            The projected vision tokens; a list when counts differ between images.
-    """
+    """Args as in [`TokenFlexModelOutputWithPast`]."""
 
-    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: TokenFlexImageOutput | None = None
 
 
 def _spare_vision(quantization_config):
@@ -179,7 +63,7 @@ def _spare_vision(quantization_config):
 
 
 class TokenFlexPreTrainedModel(PreTrainedModel):
-    """What TokenFLEX models have in common: how they are loaded, initialised and split over devices."""
+    """Loading, initialization and splitting over devices, common to TokenFLEX models."""
 
     config: TokenFlexConfig
     config_class = TokenFlexConfig
@@ -195,7 +79,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # What transformers does for custom code takes a module without parameters of its own as initialised, so that
+        # For custom code transformers takes a module without parameters of its own as initialized, so that
         # towers would miss the rules they have for whole layers. No class here has an `_init_weights` of its own.
         return False
 
@@ -204,7 +88,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
         """
         As in transformers, but a `quantization_config` that does not say what to leave as it is leaves the vision
         tower, the projector and the head: together they are a few percent of the weights, and the widths of towers
-        such as SigLIP-so400m do not divide into quantisation groups.
+        such as SigLIP-so400m do not divide into quantization groups.
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = _spare_vision(quantization_config)
@@ -231,26 +115,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = TokenFlexProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self.image_feature_cache = None
+        if config.vision_token_chooser is not None:
+            choices = config.vision_token_chooser["choices"]
+            self.vision_token_chooser = TokenFlexChooser(len(choices), config.text_config.hidden_size)
         self.post_init()
-
-    def keep_image_features(self, max_images: int | None = 64) -> ImageFeatureCache | None:
-        """
-        From now on keeps the vision tower's features of the images last used, and runs the tower only for others: for
-        conversations and several questions about the same images. In training, where gradients or the tower's inner states
-        are asked for, and in compiled code the tower always runs.
-
-        Args:
-            max_images (`int`, *optional*, defaults to 64): How many images' features to keep; `None` keeps none again.
-
-        Returns:
-            [`ImageFeatureCache`], *optional*: With the numbers of `hits` and `misses`.
-
-        Raises:
-            ValueError: If `max_images` is no positive integer.
-        """
-        self.image_feature_cache = None if max_images is None else ImageFeatureCache(max_images)
-        return self.image_feature_cache
 
     @can_return_tuple
     def get_image_features(
@@ -273,8 +141,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
             image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
-                Which image each appearance in the prompts shows, when they stand in another order or appear more than
-                once; counts and grids are then per appearance. The tower runs once per image.
+                The image that each appearance in the prompts shows, when they stand in another order or appear more
+                than once; counts and grids are then per appearance. The tower runs once per image.
 
         Returns:
             [`TokenFlexImageOutput`]: `pooler_output` holds the vision tokens, a tensor of shape
@@ -286,54 +154,40 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             ValueError: If a count is not allowed, the two arguments disagree, or the images do not have the tower's
                 size.
         """
-        vision_config = self.config.vision_config
-        expected = (vision_config.num_channels, *self.config.image_size)
+        config = self.config
+        expected = (config.vision_config.num_channels, *config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
                 f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
             )
         if num_vision_tokens is None and vision_token_grids is None:
-            num_vision_tokens = self.config.num_vision_tokens
+            num_vision_tokens = config.num_vision_tokens
         num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
-        grids = self.resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
-        cache = self.image_feature_cache
-        if cache is None or self.training or torch.is_grad_enabled() or is_compiling() or any(kwargs.values()):
-            patch_features, outputs = self._run_tower(pixel_values, **kwargs)
-        else:
-            outputs = BaseModelOutputWithPooling()
-            settings = (self.config.vision_feature_layer, self.config.num_prefix_tokens)
-            patch_features = cache.encode(
-                self.vision_tower, pixel_values, lambda new: self._run_tower(new)[0], settings
+        grids = self._resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
+        is_last = config.vision_feature_layer == -1
+        if not is_last:
+            kwargs["output_hidden_states"] = True
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        patch_features = outputs.last_hidden_state if is_last else outputs.hidden_states[config.vision_feature_layer]
+        num_patches, num_prefix_tokens = math.prod(config.patch_grid), config.num_prefix_tokens
+        if patch_features.shape[1] != num_prefix_tokens + num_patches:
+            raise ValueError(
+                f"The vision tower returned {patch_features.shape[1]} features per image, but `num_prefix_tokens`="
+                f"{num_prefix_tokens} and the patch grid {config.patch_grid} make {num_prefix_tokens + num_patches}."
             )
+        patch_features = patch_features[:, num_prefix_tokens:]
         if image_indices is not None:
             patch_features = patch_features[image_indices]
         image_outputs = self.pool_image_features(patch_features, grids)
         image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
         return image_outputs
 
-    def _run_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
-        """The patch features of images, and all that the tower returned."""
-        if self.config.vision_feature_layer != -1 and not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = [self.config.vision_feature_layer]  # the others are not kept
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.last_hidden_state
-        if self.config.vision_feature_layer != -1:
-            features = outputs.hidden_states[self.config.vision_feature_layer]
-        num_patches, num_prefix_tokens = math.prod(self.config.patch_grid), self.config.num_prefix_tokens
-        if features.shape[1] != num_prefix_tokens + num_patches:
-            raise ValueError(
-                f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
-                f"{num_prefix_tokens} and the patch grid {self.config.patch_grid} make {num_prefix_tokens + num_patches}."
-            )
-        return features[:, num_prefix_tokens:], outputs
-
     def pool_image_features(
         self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]
     ) -> TokenFlexImageOutput:
         """
-        Pools patch features that were kept from [`~TokenFlexModel.get_image_features`] to other counts, without running
-        the vision tower.
+        Pools patch features kept from [`~TokenFlexModel.get_image_features`] to other counts, without the tower.
 
         Args:
             patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
@@ -350,10 +204,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         width = self.config.vision_config.hidden_size
         if patch_features.shape[-1] != width:
             raise ValueError(
-                f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes {width}: "
-                "keep features, and draft with an assistant, of a model with the same tower."
+                f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes "
+                f"{width}: keep features, and draft with an assistant, of a model with the same tower."
             )
-        features = self.multi_modal_projector(patch_features, grids)
+        features = self.multi_modal_projector(patch_features, grids, self.config.patch_grid)
         if len(set(grids)) > 1:
             features = list(features.split([rows * columns for rows, columns in grids]))
         return TokenFlexImageOutput(
@@ -362,52 +216,22 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             vision_token_grids=list(grids),
         )
 
-    def resolve_grids(
-        self,
-        num_images: int,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
-        vision_token_grids: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-    ) -> list[tuple[int, int]]:
-        """
-        The grid of each image: `vision_token_grids` if given, else `num_vision_tokens`, else the uniform count that
-        the placeholders in `input_ids` imply.
-
-        Args:
-            num_images (`int`): The number of images that the vision tower sees.
-            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*): Counts or grids.
-            vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of each image.
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The prompts.
-
-        Returns:
-            `list[tuple[int, int]]`: (rows, columns) per image.
-
-        Raises:
-            ValueError: If a count or grid is not allowed, their number is not that of the images, or
-                `num_vision_tokens` and `vision_token_grids` disagree.
-        """
-        patch_grid = self.config.patch_grid
+    def _resolve_grids(self, num_images: int, num_vision_tokens, vision_token_grids) -> list[tuple[int, int]]:
+        """The grid of each image from the arguments of `forward`, which have to agree."""
         asked = None
         if num_vision_tokens is not None:
-            asked = resolve_vision_token_grids(num_vision_tokens, num_images, patch_grid)
+            asked = resolve_vision_token_grids(num_vision_tokens, num_images, self.config.patch_grid)
         # A count given as an integer keeps traced graphs free of reading one off a tensor.
         if asked is not None and (vision_token_grids is None or is_compiling()):
             return asked
-        if vision_token_grids is None:
-            return infer_vision_token_grids(input_ids, num_images, self.config.image_token_id, patch_grid)
-        vision_token_grids = torch.as_tensor(vision_token_grids)
-        if vision_token_grids.ndim != 2 or vision_token_grids.shape[1] != 2:
-            raise ValueError(
-                f"`vision_token_grids` has shape {tuple(vision_token_grids.shape)}: give (rows, columns) of each image, "
-                f"shape ({num_images}, 2)."
-            )
-        grids = [tuple(grid) for grid in vision_token_grids.tolist()]
-        grids = resolve_vision_token_grids(grids, num_images, patch_grid, "vision_token_grids")
+        grids = encoded_grids(
+            {"vision_token_grids": vision_token_grids, "pixel_values": range(num_images)}, self.config
+        )
         if asked is not None and asked != grids:
             raise ValueError(
                 f"`num_vision_tokens`={num_vision_tokens} is not what the inputs were encoded with "
-                f"(`vision_token_grids`={grids}): `forward` does not rewrite prompts. Call `generate`, or "
-                "`recount_vision_tokens` first."
+                f"(`vision_token_grids`={grids}): `forward` does not rewrite prompts. Call `generate`, or `at_count` "
+                "first."
             )
         return grids
 
@@ -418,22 +242,11 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 
     def get_placeholder_mask(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.BoolTensor:
         """
-        Marks the positions that image features replace.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The prompts.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Their embeddings, in which placeholders are found where there are no `input_ids`.
-            image_features (`torch.Tensor` of shape `(total_vision_tokens, hidden_size)`): The features to place.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+        Marks the positions that image features of shape `(total_vision_tokens, hidden_size)` replace: a mask of shape
+        `(batch_size, sequence_length, 1)`. Embeddings are searched where there are no `input_ids`.
 
         Raises:
             ValueError: If there are not as many placeholders as features.
@@ -451,8 +264,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def _idle_image_features(self) -> torch.Tensor | float:
         """
-        Zero, by way of tower and projector when these are trained or shared out: every rank then has gradients for
-        the same weights, and takes part in gathering them, when its batch happens to hold no image.
+        Zero, by way of tower and projector when these are trained or shared out: every rank then has gradients for the
+        same weights, and takes part in gathering them, when its batch happens to hold no image.
         """
         parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -501,12 +314,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
             image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
-                Which of `pixel_values` each run of placeholders shows; `vision_token_grids` is then per run. Defaults
-                to each its own, in order.
+                The entry of `pixel_values` that each run of placeholders shows; `vision_token_grids` is then per run.
+                Defaults to each its own, in order.
             image_sizes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
                 Accepted since the processor can return them; only `generate` reads the first two.
             mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
-                `{"image": model.get_image_features(...)}`, in place of `pixel_values`.
+                `{"image": model.get_image_features(...)}`, in place of `pixel_values`. Features without a
+                `pooler_output`, as [`at_count`] leaves them, are pooled here.
             segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several continuations behind one shared prefix: 0 for the prefix, 1, 2, ... for each continuation, -1
                 for padding. Each continuation sees the prefix and itself, with the positions it would have alone.
@@ -529,53 +343,38 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+        images = pixel_values if image_outputs is None else image_outputs.last_hidden_state
+        is_pooled = image_outputs is not None and image_outputs.pooler_output is not None
+        if images is not None and not is_pooled:
             if num_vision_tokens is None and vision_token_grids is None:
                 placeholders = self._find_placeholders(input_ids, inputs_embeds)
                 seen_ids = torch.where(placeholders, self.config.image_token_id, -1)
-                num_vision_tokens = self.resolve_grids(len(pixel_values), input_ids=seen_ids)
-            image_outputs = self.get_image_features(
-                pixel_values, num_vision_tokens, vision_token_grids, image_indices, return_dict=True
-            )
-        image_features = None
+                vision_token_grids = encoded_grids({"input_ids": seen_ids, "pixel_values": images}, self.config)
+            if image_outputs is None:
+                names = ("output_hidden_states", "output_attentions")
+                asked = {name: kwargs[name] for name in names if name in kwargs}
+                image_outputs = self.get_image_features(
+                    pixel_values, num_vision_tokens, vision_token_grids, image_indices, **asked, return_dict=True
+                )
+            else:
+                grids = self._resolve_grids(len(images), num_vision_tokens, vision_token_grids)
+                image_outputs = self.pool_image_features(images, grids)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             flat_features = torch.cat(list(image_features)) if isinstance(image_features, list) else image_features
             flat_features = flat_features.reshape(-1, inputs_embeds.shape[-1]).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, flat_features)
             if len(flat_features):
-                # What `masked_scatter` does, in a third of the time.
+                # The result of `masked_scatter`, in a third of the time.
                 places = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape[:2])
                 inputs_embeds = torch.where(mask, nn.functional.embedding(places, flat_features), inputs_embeds)
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._idle_image_features()
 
         if segment_ids is not None or sample_ids is not None:
-            implementation = self.language_model.config._attn_implementation or ""
-            if "flash" in implementation:
-                raise ValueError(
-                    f"`attn_implementation`={implementation!r} takes no mask that keeps segments of a row apart: load "
-                    "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
-                )
-            text_config = self.language_model.config
-            layer_types = set(getattr(text_config, "layer_types", None) or ())
-            windowed = layer_types & {"sliding_attention", "chunked_attention"}
-            if unmasked := sorted(layer_types - windowed - {"full_attention"}):
-                raise ValueError(
-                    f"The language model's layers of type {', '.join(unmasked)} carry a state from one segment of a row "
-                    "into the next: give each question a row of its own, and do not pack."
-                )
-            windows = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-            window = min((size for size in windows if size), default=inputs_embeds.shape[1])
-            if segment_ids is not None and windowed and inputs_embeds.shape[1] > window:
-                raise ValueError(
-                    f"Rows of {inputs_embeds.shape[1]} tokens are longer than the attention window of {window}, which "
-                    "counts the segments that stand between a segment and its prefix: give each question a row of its own."
-                )
-            if attention_mask is None:
-                attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
-            position_ids = packed_position_ids(segment_ids, sample_ids)
-            attention_mask = create_packed_masks(text_config, inputs_embeds, attention_mask, segment_ids, sample_ids)
+            attention_mask, position_ids = pack_attention(
+                self.language_model.config, inputs_embeds, attention_mask, segment_ids, sample_ids
+            )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -584,12 +383,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return TokenFlexModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        return TokenFlexModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
 class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGenerationMixin):
     """
-    TokenFLEX with a language-modelling head: images and text in, text out, at any number of vision tokens.
+    TokenFLEX with a language-modeling head: images and text in, text out, at any number of vision tokens.
 
     Args:
         config ([`TokenFlexConfig`]): The configuration.
@@ -604,9 +403,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
     >>> messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which color is it?"}]}]
     >>> prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     >>> inputs = processor(images=Image.new("RGB", (64, 64)), text=prompt, return_tensors="pt")
-    >>> output = model.generate(**inputs, num_vision_tokens=4, max_new_tokens=2)
-    >>> output[:, inputs["input_ids"].shape[1] :].shape[0]
-    1
+    >>> answer = model.generate(**inputs, num_vision_tokens=4, max_new_tokens=2)[:, inputs["input_ids"].shape[1] :]
     ```
     """
 
@@ -618,10 +415,6 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         self.model = TokenFlexModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def keep_image_features(self, max_images: int | None = 64) -> ImageFeatureCache | None:
-        """See [`TokenFlexModel.keep_image_features`]."""
-        return self.model.keep_image_features(max_images)
 
     def get_image_features(
         self,
@@ -699,7 +492,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 
@@ -712,6 +505,4 @@ __all__ = [
     "TokenFlexForConditionalGeneration",
     "TokenFlexModel",
     "TokenFlexPreTrainedModel",
-    "TokenFlexProjector",
-    "pooling_weights",
 ]

@@ -1,4 +1,4 @@
-"""Several samples in one row, and several continuations behind one prefix: their positions and what they may see."""
+"""Several samples in one row, and several continuations behind one prefix: their positions and masks."""
 
 from collections.abc import Callable
 
@@ -31,8 +31,6 @@ def packed_position_ids(
 
     >>> packed_position_ids(torch.tensor([[0, 0, 1, 1, 2, 2, -1]])).tolist()
     [[0, 1, 2, 3, 2, 3, 0]]
-    >>> packed_position_ids(sample_ids=torch.tensor([[0, 0, 0, 1, 1, -1]])).tolist()
-    [[0, 1, 2, 0, 1, 0]]
     ```
     """
     given = segment_ids if segment_ids is not None else sample_ids
@@ -55,8 +53,8 @@ def packed_mask_function(
     segment_ids: torch.LongTensor | None = None, sample_ids: torch.LongTensor | None = None
 ) -> Callable[..., torch.Tensor]:
     """
-    What a position may see beside the causal rule, in the form that transformers' mask functions take: its own sample,
-    and in it the shared prefix and its own continuation. Arguments as in [`packed_position_ids`].
+    Restricts beyond the causal rule what a position sees, as transformers' mask functions do: to its own sample, and
+    in it to the shared prefix and its own continuation. Arguments as in [`packed_position_ids`].
     """
 
     def same_sample(batch, head, query, key):
@@ -80,16 +78,8 @@ def create_packed_masks(
     sample_ids: torch.LongTensor | None = None,
 ):
     """
-    The masks of a language model's layers, in which positions see what [`packed_mask_function`] says.
-
-    Args:
-        config (`PreTrainedConfig`): The language model's.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape and dtype.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 for padding.
-        segment_ids, sample_ids: As in [`packed_position_ids`].
-
-    Returns:
-        What [`~transformers.masking_utils.create_masks_for_generate`] does: a mask, or one for each type of layer.
+    Makes the masks of a language model's layers, in which positions see what [`packed_mask_function`] says: a mask, or
+    one for each type of layer. Arguments as in [`pack_attention`].
     """
     may_see = packed_mask_function(segment_ids, sample_ids)
     arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
@@ -109,4 +99,53 @@ def create_packed_masks(
     return {name: intersect(mask) for name, mask in masks.items()} if isinstance(masks, dict) else intersect(masks)
 
 
-__all__ = ["create_packed_masks", "packed_mask_function", "packed_position_ids"]
+def pack_attention(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.FloatTensor,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.LongTensor | None = None,
+    sample_ids: torch.LongTensor | None = None,
+):
+    """
+    Makes the masks and positions of packed rows, for language models that can keep segments apart.
+
+    Args:
+        config (`PreTrainedConfig`): The language model's.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape and dtype.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0 for padding. Defaults to the padding of the ids.
+        segment_ids, sample_ids: As in [`packed_position_ids`].
+
+    Returns:
+        `tuple`: The masks, and positions of shape `(batch_size, sequence_length)`.
+
+    Raises:
+        ValueError: If the attention implementation or a kind of layer cannot keep segments apart.
+    """
+    implementation = config._attn_implementation or ""
+    if "flash" in implementation:
+        raise ValueError(
+            f"`attn_implementation`={implementation!r} takes no mask that keeps segments of a row apart: load "
+            "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
+        )
+    layer_types, length = set(getattr(config, "layer_types", None) or ()), inputs_embeds.shape[1]
+    windowed = layer_types & {"sliding_attention", "chunked_attention"}
+    if unmasked := sorted(layer_types - windowed - {"full_attention"}):
+        raise ValueError(
+            f"The language model's layers of type {', '.join(unmasked)} carry a state from one segment of a row "
+            "into the next: give each question a row of its own, and do not pack."
+        )
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((size for size in windows if size), default=length)
+    if segment_ids is not None and windowed and length > window:
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the attention window of {window}, which "
+            "counts the segments that stand between a segment and its prefix: give each question a row of its own."
+        )
+    if attention_mask is None:
+        attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
+    masks = create_packed_masks(config, inputs_embeds, attention_mask, segment_ids, sample_ids)
+    return masks, packed_position_ids(segment_ids, sample_ids)
+
+
+__all__ = ["create_packed_masks", "pack_attention", "packed_mask_function", "packed_position_ids"]

@@ -1,13 +1,14 @@
-"""Placeholders of images in prompts: reading their counts, finding them, and re-counting them."""
+"""Placeholders of images in prompts: finding them, and taking encoded inputs to other vision-token counts."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_tokenflex import resolve_vision_token_grid
+from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
 
 
-# What the new positions of a re-counted or re-padded row hold, per tensor that runs along the sequence.
+# The value of new positions in a re-counted or re-padded row, per tensor that runs along the sequence.
 SEQUENCE_FILL_VALUES = {
     "attention_mask": 0,
     "labels": -100,
@@ -18,43 +19,122 @@ SEQUENCE_FILL_VALUES = {
 }
 
 
-def infer_vision_token_grids(
-    input_ids: torch.LongTensor, num_images: int, image_token_id: int, patch_grid: tuple[int, int]
-) -> list[tuple[int, int]]:
+def at_count(
+    inputs: Mapping,
+    num_vision_tokens: int | tuple[int, int] | list | None,
+    config,
+    pad_token_id: int | None = None,
+) -> dict:
     """
-    Reads a uniform square count off the placeholders of hand-built inputs.
+    Takes encoded inputs to other vision-token counts, as if they had been encoded so in the first place: each image's
+    run of placeholders gets its new length in every tensor that runs along the sequence, and rows are padded again on
+    the side they were padded on.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        num_images (`int`): How many images the placeholders stand for.
-        image_token_id (`int`): The placeholder's id.
-        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
+        inputs (`Mapping`):
+            The output of a processor or collator: `input_ids` of shape `(batch_size, sequence_length)` and, where they
+            are there, `attention_mask`, `labels`, `mm_token_type_ids`, `token_type_ids`, `segment_ids`, `sample_ids`,
+            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, `image_sizes` and `num_tiles`.
+            Without grids, the uniform count that the placeholders imply is taken. Kept features, in
+            `mm_encoder_outputs`, are pooled where they are used. `position_ids` are dropped, other entries kept.
+        num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
+            A count n*n or grid (rows, columns) for all images, or a list with one per image (or tile). With
+            `image_sizes`, an integer is matched to each image's shape. `None` keeps the counts as encoded.
+        config ([`TokenFlexConfig`] or [`TokenFlexProcessor`]):
+            The model's or the processor's: their `image_token_id` and `patch_grid` are read.
+        pad_token_id (`int`, *optional*):
+            The id that pads `input_ids`, by which padding is known where no `attention_mask` is given. Defaults to 0
+            for new padding, which the mask hides.
 
     Returns:
-        `list[tuple[int, int]]`: One (rows, columns) per image.
+        `dict`: New tensors, with `vision_token_grids` if there are images; the caller's are left as they were.
 
     Raises:
-        ValueError: If the placeholders cannot be that many images with one square count.
+        ValueError: If a count is not allowed, or the runs of placeholders do not match the grids.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tokenflex import TokenFlexConfig, at_count
+
+    >>> config = TokenFlexConfig(image_token_id=9)
+    >>> inputs = {"input_ids": torch.tensor([[5, 9, 9, 9, 9, 6]]), "vision_token_grids": torch.tensor([[2, 2]])}
+    >>> at_count(inputs, 1, config)["input_ids"]
+    tensor([[5, 9, 6]])
+    ```
     """
-    row_counts = (input_ids == image_token_id).sum(-1).tolist()
+    encoded = encoded_grids(inputs, config)
+    grids = encoded if num_vision_tokens is None else asked_grids(inputs, num_vision_tokens, len(encoded), config)
+    first = first_placeholders(inputs["input_ids"], encoded, config.image_token_id)
+    recounted = dict(inputs)
+    if grids != encoded:
+        recounted = _rewrite_runs(recounted, first, grids, config.image_token_id, pad_token_id)
+    if grids:
+        recounted["vision_token_grids"] = torch.tensor(grids, device=inputs["input_ids"].device)
+    if kept := (inputs.get("mm_encoder_outputs") or {}).get("image"):
+        unpooled = BaseModelOutputWithPooling(last_hidden_state=kept.last_hidden_state)
+        recounted["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": unpooled}
+    return recounted
+
+
+def encoded_grids(inputs: Mapping, config) -> list[tuple[int, int]]:
+    """
+    Reads the grid that each image is encoded at, arguments as for [`at_count`]: `vision_token_grids` if given, else
+    the uniform square count that the placeholders imply.
+
+    Raises:
+        ValueError: If grids and images differ in number, a grid is not allowed, or placeholders are not uniform.
+    """
+    grids, num_images = inputs.get("vision_token_grids"), count_images(inputs)
+    if grids is not None:
+        grids = torch.as_tensor(grids)
+        if grids.ndim != 2 or grids.shape[1] != 2:
+            raise ValueError(
+                f"`vision_token_grids` has shape {tuple(grids.shape)}: give (rows, columns) of each image, shape "
+                "(num_images, 2)."
+            )
+        num_images = len(grids) if num_images is None else num_images
+        grids = [tuple(grid) for grid in grids.tolist()]
+        return resolve_vision_token_grids(grids, num_images, config.patch_grid, "vision_token_grids")
+    if not num_images:
+        return []
+    row_counts = (inputs["input_ids"] == config.image_token_id).sum(-1).tolist()
     count, remainder = divmod(sum(row_counts), num_images)
     if remainder or count == 0 or any(row_count % count for row_count in row_counts):
         raise ValueError(
             f"Image features and image tokens do not match: the rows hold {row_counts} image tokens for {num_images} "
             "images, which is no uniform count per image. Pass `vision_token_grids` as the processor returns it."
         )
-    return [resolve_vision_token_grid(count, patch_grid, "image tokens per image in `input_ids`")] * num_images
+    grid = resolve_vision_token_grid(count, config.patch_grid, "image tokens per image in `input_ids`")
+    return [grid] * num_images
+
+
+def asked_grids(inputs: Mapping, num_vision_tokens, num_images: int, config) -> list[tuple[int, int]]:
+    """Resolves a count to a grid per image, by the inputs' shapes and tiles; arguments as for [`at_count`]."""
+    shapes = ("image_sizes", "num_tiles")
+    shapes = {name: torch.as_tensor(inputs[name]).tolist() for name in shapes if inputs.get(name) is not None}
+    return resolve_vision_token_grids(num_vision_tokens, num_images, config.patch_grid, **shapes)
+
+
+def count_images(inputs: Mapping) -> int | None:
+    """Counts the rows of `pixel_values`, of kept features or, if images appear repeatedly, of `image_indices`."""
+    kept = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    images = inputs.get("image_indices")
+    images = inputs.get("pixel_values") if images is None else images
+    images = kept.last_hidden_state if images is None and kept is not None else images
+    return None if images is None else len(images)
 
 
 def first_placeholders(
-    input_ids: torch.LongTensor, vision_token_counts: torch.LongTensor, image_token_id: int
+    input_ids: torch.LongTensor, grids: Sequence[tuple[int, int]], image_token_id: int
 ) -> torch.LongTensor:
     """
-    Finds where each image's run of placeholders begins.
+    Finds the beginning of each image's run of placeholders.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts.
-        vision_token_counts (`torch.LongTensor` of shape `(num_images,)`): The length of each image's run.
+        grids (sequence of `tuple[int, int]`): (rows, columns) of each image, as encoded.
         image_token_id (`int`): The placeholder's id.
 
     Returns:
@@ -64,81 +144,65 @@ def first_placeholders(
         ValueError: If the placeholders are not such runs, each unbroken and within one row.
     """
     length = input_ids.shape[-1]
+    counts = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.long, device=input_ids.device)
     placeholders = (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
-    ends = vision_token_counts.cumsum(0)
-    if int(vision_token_counts.sum()) == len(placeholders):
-        first, last = placeholders[ends - vision_token_counts], placeholders[ends - 1]
-        if ((last - first + 1 == vision_token_counts) & (first // length == last // length)).all():
+    ends = counts.cumsum(0)
+    if int(counts.sum()) == len(placeholders):
+        first, last = placeholders[ends - counts], placeholders[ends - 1]
+        if ((last - first + 1 == counts) & (first // length == last // length)).all():
             return first
-    images = (
-        f"its {len(vision_token_counts)} images were encoded as {vision_token_counts.tolist()} tokens in unbroken runs"
-    )
+    encoded = f"its {len(counts)} images were encoded as {counts.tolist()} tokens in unbroken runs"
     raise ValueError(
         f"Image features and image tokens do not match: `input_ids` holds {len(placeholders)} image tokens, but "
-        f"{images if len(vision_token_counts) else 'there are no images: pass `pixel_values`'}."
+        f"{encoded if len(counts) else 'there are no images: pass `pixel_values`'}."
     )
 
 
-def recount_vision_tokens(
-    inputs: Mapping[str, torch.Tensor],
-    vision_token_grids: Sequence[tuple[int, int]],
-    image_token_id: int,
-    pad_token_id: int | None = None,
-) -> dict[str, torch.Tensor]:
+def place_images(inputs: Mapping, processed_images: Mapping, processor) -> dict:
     """
-    Rewrites encoded inputs to other vision-token counts, as if they had been encoded so in the first place: every
-    image's run of placeholders gets its new length in each tensor that runs along the sequence, and rows are padded
-    again on the side they were padded on.
+    Joins prompts that hold one placeholder per image with images that were processed apart from them.
 
     Args:
-        inputs (`Mapping[str, torch.Tensor]`):
-            A processor's or collator's output: `input_ids` of shape `(batch_size, sequence_length)`,
-            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, optionally `attention_mask`,
-            `labels`, `mm_token_type_ids`, `token_type_ids`, `segment_ids` and `sample_ids`. Other entries are passed through, except
-            `position_ids`, which is dropped.
-        vision_token_grids (sequence of `tuple[int, int]`):
-            The new (rows, columns) per image.
-        image_token_id (`int`):
-            The placeholder's id.
-        pad_token_id (`int`, *optional*):
-            The id that pads `input_ids`; 0 when there is none, since the mask hides it.
+        inputs (`Mapping`): Tensors that run along the sequence, as for [`at_count`].
+        processed_images (`Mapping`): The processor's output for the images alone.
+        processor ([`TokenFlexProcessor`]): The processor.
 
     Returns:
-        `dict[str, torch.Tensor]`: New tensors; the caller's are left as they were.
-
-    Raises:
-        ValueError: If the runs of placeholders do not match the encoded grids.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from tokenflex import recount_vision_tokens
-
-    >>> inputs = {"input_ids": torch.tensor([[5, 9, 9, 9, 9, 6]]), "vision_token_grids": torch.tensor([[2, 2]])}
-    >>> recount_vision_tokens(inputs, [(1, 1)], image_token_id=9)["input_ids"]
-    tensor([[5, 9, 6]])
-    ```
+        `dict`: Both, with one placeholder and a grid of (1, 1) for each tile, to be taken to a count by [`at_count`].
     """
-    input_ids = inputs["input_ids"]
-    batch_size, length = input_ids.shape
-    device = input_ids.device
-    attention_mask = inputs.get("attention_mask")
+    num_rows = count_images(processed_images)
+    num_tiles = processed_images.get("num_tiles")
+    inputs = dict(inputs)
+    if num_tiles is not None:
+        token_id, pad_token_id = processor.image_token_id, processor.tokenizer.pad_token_id
+        first = first_placeholders(inputs["input_ids"], [(1, 1)] * len(num_tiles), token_id)
+        inputs = _rewrite_runs(inputs, first, [(1, int(tiles)) for tiles in num_tiles], token_id, pad_token_id)
+    return {**inputs, **processed_images, "vision_token_grids": torch.ones(num_rows, 2, dtype=torch.long)}
+
+
+def _rewrite_runs(
+    inputs: dict,
+    first: torch.LongTensor,
+    grids: Sequence[tuple[int, int]],
+    image_token_id: int,
+    pad_token_id: int | None,
+) -> dict:
+    """Gives the run that begins at each `first` position the length of its new grid."""
+    input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+    (batch_size, length), device = input_ids.shape, input_ids.device
+    if attention_mask is None and pad_token_id is not None:
+        attention_mask = (input_ids != pad_token_id).long()
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` of shape {tuple(attention_mask.shape)} cannot be re-counted: give one of the shape of "
             f"`input_ids`, {tuple(input_ids.shape)}."
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    first = first_placeholders(input_ids, inputs["vision_token_grids"].to(device).prod(-1), image_token_id)
-    new_counts = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
-    if len(first) != len(new_counts):
-        raise ValueError(f"{len(new_counts)} new counts are asked for, but the inputs hold {len(first)} images.")
 
     # Every position is copied once, the first placeholder of an image as often as its new count, padding never.
     copies = ((mask.cumsum(-1) > 0) & (mask.flip(-1).cumsum(-1).flip(-1) > 0)).long().flatten()
     copies[(input_ids == image_token_id).flatten()] = 0
-    copies[first] = new_counts
+    copies[first] = torch.tensor([rows * columns for rows, columns in grids], device=device)
     row_lengths = copies.view(batch_size, length).sum(-1)
     new_length = int(row_lengths.max())
     pad_right = bool((mask[:, -1] == 0).any()) and bool((mask[:, 0] == 1).all())
@@ -153,20 +217,14 @@ def recount_vision_tokens(
         flat[target] = tensor.reshape(-1)[source]
         return flat.view(batch_size, new_length)
 
-    recounted = {key: value for key, value in inputs.items() if key != "position_ids"}
-    recounted["input_ids"] = rewrite(input_ids, 0 if pad_token_id is None else pad_token_id)
-    if attention_mask is None and new_length * batch_size != len(source):
-        recounted["attention_mask"] = mask
-    for key, fill in SEQUENCE_FILL_VALUES.items():
-        if recounted.get(key) is not None:
-            recounted[key] = rewrite(recounted[key], fill)
-    recounted["vision_token_grids"] = torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2)
-    return recounted
+    rewritten = {name: value for name, value in inputs.items() if name != "position_ids"}
+    rewritten["input_ids"] = rewrite(input_ids, 0 if pad_token_id is None else pad_token_id)
+    if inputs.get("attention_mask") is None and (attention_mask is not None or new_length * batch_size != len(source)):
+        rewritten["attention_mask"] = mask
+    for name, fill in SEQUENCE_FILL_VALUES.items():
+        if rewritten.get(name) is not None:
+            rewritten[name] = rewrite(rewritten[name], fill)
+    return rewritten
 
 
-def count_tokens(vision_token_grids: Sequence[tuple[int, int]], device: torch.device) -> torch.LongTensor:
-    """The number of vision tokens of each grid, as a tensor of shape `(num_images,)`."""
-    return torch.tensor(vision_token_grids, dtype=torch.long, device=device).reshape(-1, 2).prod(-1)
-
-
-__all__ = ["recount_vision_tokens"]
+__all__ = ["at_count", "place_images"]

@@ -1,12 +1,13 @@
 """
-What a vision-token count buys at each size of the language model, by arithmetic: nothing is run, nothing is timed.
+Gains of smaller vision-token counts at each size of the language model, by arithmetic: nothing is run or timed.
 
     python benchmarks/budget.py --plot docs/performance_budget.png
 
-The language models have Qwen2.5's shapes, the tower SigLIP-so400m-patch14-384's (729 patches), weights are bfloat16. Read
-the tables as bounds: "by FLOPs" is what holds where matrix products decide, as in large batches; "by bytes" where reading
-weights and cache decides, as in decoding; the limit is the longer of both for each part, one part after the other, at the
-rates given (by default an H200's by its vendor, dense bfloat16). The last line printed is one JSON object.
+The language models have Qwen2.5's shapes, the tower SigLIP-so400m-patch14-384's (729 patches), weights are bfloat16.
+Read the tables as bounds: "by FLOPs" is what holds where matrix products decide, as in large batches; "by bytes" where
+reading weights and cache decides, as in decoding; the limit is the longer of both for each part, one part after the
+other, at the rates given (by default an H200's by its vendor, dense bfloat16). The last line printed is one JSON
+object.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def total_limit(works: list[Work], rates: Rates) -> float:
 
 
 def over_256(values: dict[int, float]) -> dict[int, float]:
-    """How many times smaller each count's value is than that of 256."""
+    """Factors by which each count's value is smaller than that of 256."""
     return {count: values[256] / value for count, value in values.items()}
 
 
@@ -113,7 +114,7 @@ def count_limits(name: str, images: int, text_tokens: int, rates: Rates) -> dict
 
 
 def count_decoding(name: str, images: int, text_tokens: int) -> dict:
-    """Bytes of the first step of decoding for each batch size and count, the cache, and how many prompts share 10 GiB."""
+    """Bytes of the first step of decoding for each batch size and count, the cache, and prompts that share 10 GiB."""
     config = make_config(name)
     text = config.text_config
     cache = {count: cache_bytes(text, 1, count, BYTES) for count in ALL_COUNTS}
@@ -150,7 +151,7 @@ def count_training(name: str, text_tokens: int) -> dict:
 
 
 def count_lengths(name: str, text_tokens: int, rates: Rates) -> dict:
-    """What 64 in place of 256 tokens buys behind longer prompts, by FLOPs, and with longer answers, by the limit."""
+    """Gains of 64 in place of 256 tokens behind longer prompts, by FLOPs, and with longer answers, by the limit."""
     config = make_config(name)
     prompts = {}
     for length in TEXT_LENGTHS:

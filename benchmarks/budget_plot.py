@@ -14,10 +14,11 @@ COLORS = {64: "tab:blue", 144: "tab:orange", 256: "tab:green"}
 
 def plot_png(figures: dict) -> bytes:
     """
-    Against the language model's size: the speed-up to the first token, the tower's share of it, the speed-up of decoding.
+    Against the language model's size: the speed-up to the first token, the tower's share of it, the speed-up of
+    decoding.
 
     Args:
-        figures (`dict`): What `budget.py` prints as JSON.
+        figures (`dict`): The JSON that `budget.py` prints.
 
     Returns:
         `bytes`: A PNG image.
@@ -41,8 +42,9 @@ def plot_png(figures: dict) -> bytes:
             linestyle=":",
             **style,
         )
+    tokens = one["first_token"]
     for count, color in COLORS.items():
-        draw(share, lambda n: 100 * one["first_token"][n]["tower_share"][count], f"{count} tokens", color=color)  # noqa: B023
+        draw(share, lambda n: 100 * tokens[n]["tower_share"][count], f"{count} tokens", color=color)  # noqa: B023
     for batch, linestyle in ((32, "-"), (1, "--")):
         for part, images, color in ((four, "4 images", "tab:purple"), (one, "1 image", "tab:blue")):
             draw(

@@ -1,12 +1,12 @@
 """
-How well a count can be chosen for each question: the head of `tokenflex calibrate` beside cascades, agreement, every
-uniform count and an oracle.
+Accuracy and tokens of ways to choose a count for each question: the head of `tokenflex calibrate` beside cascades,
+agreement, every uniform count and an oracle.
 
     python benchmarks/choosing.py --model_name_or_path outputs/demo/checkpoint
 
-Everything that is fitted, and every threshold, comes from the calibration set; accuracy and tokens are those of the test
-set. Tokens are all that a method reads: a cascade that moves up has read the smaller counts too, the head reads every
-question at the smallest count first. The last line printed is one JSON object.
+Everything that is fitted, and every threshold, comes from the calibration set; accuracy and tokens are those of the
+test set. Tokens are all that a method reads: a cascade that moves up has read the smaller counts too, the head reads
+every question at the smallest count first. The last line printed is one JSON object.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401  (makes the Auto classes know the model)
-from tokenflex.choosing_tokenflex import smallest_sufficient
-from tokenflex.conversation_tokenflex import mask_padding_of_answers
+from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
+from tokenflex.evaluation.answers import mask_answers
 from tokenflex.evaluation.calibrate import Observations, fit_head, foresee
 from tokenflex.evaluation.intervals import paired_test
 from tokenflex.evaluation.metrics import exact_match
 from tokenflex.evaluation.sweep import encode_questions
+from tokenflex.generation_tokenflex import smallest_sufficient
 
 
 GRID = np.linspace(0, 1, 501)
@@ -37,7 +38,8 @@ GRID = np.linspace(0, 1, 501)
 class Answers(Observations):
     """
     Args:
-        confidence (`torch.Tensor` of shape `(num_questions, num_choices)`): The smallest probability of an answer's tokens.
+        confidence (`torch.Tensor` of shape `(num_questions, num_choices)`):
+            The smallest probability of an answer's tokens.
         texts (`list[list[str]]`): Each question's answer at each count.
     """
 
@@ -50,7 +52,6 @@ def observe(model, processor, rows) -> Answers:
     model.eval()
     choices = sorted(model.config.vision_token_choices)
     hidden_states, right, images, confidence, texts = [], [], [], [], []
-    ends = torch.as_tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
     for targets, inputs in encode_questions(model, processor, rows):
         hidden_states.append(model.read_questions(**inputs))
         columns = []
@@ -64,7 +65,7 @@ def observe(model, processor, rows) -> Answers:
             output = model.generate(**inputs, num_vision_tokens=count, **options)
             answers = output.sequences[:, inputs["input_ids"].shape[1] :]
             said = torch.stack(output.logits, dim=1).softmax(-1).gather(-1, answers[..., None])[..., 0]
-            kept = mask_padding_of_answers(answers, model.generation_config.pad_token_id, ends).bool()
+            kept = mask_answers(answers, model.generation_config.eos_token_id)
             columns.append(said.where(kept, 1.0).amin(1))
             for target, text in zip(targets, processor.tokenizer.batch_decode(answers, skip_special_tokens=True)):
                 target.predictions[count] = text.strip()
@@ -229,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    calibration, test = (observe(model, processor, load_rows([rows])) for rows in (args.calibration, args.test))
+    rows = [load_rows(DataArguments([name])) for name in (args.calibration, args.test)]
+    calibration, test = (observe(model, processor, part) for part in rows)
     report = compare(calibration, test, args.accuracy_loss)
     folder = Path(args.output_dir)
     plot(report, folder / "choosing.png")

@@ -1,12 +1,12 @@
 """
-The limit beside a measured figure: floating-point operations and bytes counted from the shapes of a model, the rates that
-this machine reaches in a bare matrix product and a bare copy, and the time that follows from both.
+The limit beside a measured figure: floating-point operations and bytes counted from the shapes of a model, the rates
+that this machine reaches in a bare matrix product and a bare copy, and the time that follows from both.
 
 Operations are those of matrix products, convolutions and attention, two for a multiplication and an addition. Norms,
-activations, rotary embeddings and softmax are left out: at the usual sizes they are less than one percent. Attention is counted as far as it
-is needed: all pairs of patches in the tower, and in the language model, whose layers are all taken to see the whole
-prompt, the `length * (length + 1) / 2` pairs of a token and itself or one before it. A kernel that works through the whole
-square does twice that.
+activations, rotary embeddings and softmax are left out: at the usual sizes they are less than one percent. Attention
+is counted as far as it is needed: all pairs of patches in the tower, and in the language model, whose layers are all
+taken to see the whole prompt, the `length * (length + 1) / 2` pairs of a token and itself or one before it. A kernel
+that works through the whole square does twice that.
 
 Bytes are what has to pass through memory at the least: weights once, what goes in and what has to be kept. Activations
 between two operations are left out, since a fused kernel would not write them.
@@ -29,7 +29,7 @@ _NUM_WEIGHTS = {}  # by configuration, since large models take a while to lay ou
 @dataclass(frozen=True)
 class Work:
     """
-    What a piece of a model has to do. Works add up, and multiply by a number.
+    The work of a piece of a model. Works add up, and multiply by a number.
 
     Args:
         flops (`float`): Floating-point operations.
@@ -59,12 +59,12 @@ class Work:
 
 def limit_seconds(work: Work, rates: Rates) -> float:
     """
-    The seconds below which the work cannot be done at these rates: those of its operations or those of its bytes, whichever
-    are more. The limit of parts that run one after the other is the sum of their limits. What fits a processor's cache is
-    not read from memory, so that small models can stay below it.
+    The seconds below which the work cannot be done at these rates: those of its operations or those of its bytes,
+    whichever are more. The limit of parts that run one after the other is the sum of their limits. What fits a
+    processor's cache is not read from memory, so that small models can stay below it.
 
     Args:
-        work ([`Work`]): What is to be done.
+        work ([`Work`]): The work.
         rates ([`Rates`]): The machine's.
     """
     return max(work.flops / rates.flops_per_second, work.bytes / rates.bytes_per_second)
@@ -72,12 +72,12 @@ def limit_seconds(work: Work, rates: Rates) -> float:
 
 def tower_work(vision_config: PreTrainedConfig, num_images: int, bytes_per_value: int) -> Work:
     """
-    A vision transformer as SigLIP, CLIP or ViT, from pixels to patch features, without a pooling head. Its bytes are the
-    weights, the pixels and the features.
+    A vision transformer as SigLIP, CLIP or ViT, from pixels to patch features, without a pooling head. Its bytes are
+    the weights, the pixels and the features.
 
     Args:
         vision_config (`PreTrainedConfig`): The tower's configuration.
-        num_images (`int`): How many images it encodes.
+        num_images (`int`): Number of images it encodes.
         bytes_per_value (`int`): Of weights, pixels and features.
     """
     flops = num_images * (_patch_flops(vision_config) + _encoder_flops(vision_config))
@@ -89,12 +89,12 @@ def projector_work(
     config: TokenFlexConfig, num_images: int, num_vision_tokens: int | tuple[int, int], bytes_per_value: int
 ) -> Work:
     """
-    TokenFLEX's projector: two pooling matrices, rows first, none where the whole patch grid is kept; then SwiGLU. Its bytes
-    are the weights, the patch features and the vision tokens.
+    TokenFLEX's projector: two pooling matrices, rows first, none where the whole patch grid is kept; then SwiGLU. Its
+    bytes are the weights, the patch features and the vision tokens.
 
     Args:
         config ([`TokenFlexConfig`]): The model's configuration.
-        num_images (`int`): How many images are pooled.
+        num_images (`int`): Number of images that are pooled.
         num_vision_tokens (`int` or `tuple[int, int]`): Count or grid of each image.
         bytes_per_value (`int`): Of weights and activations.
     """
@@ -108,12 +108,12 @@ def prefill_work(
     text_config: PreTrainedConfig, batch_size: int, length: int, bytes_per_value: int, num_logits: int = 1
 ) -> Work:
     """
-    A decoder with grouped-query attention and a gated MLP that reads prompts, without padding. Its bytes are the weights of
-    layers, norms and head, the prompts' embeddings, keys and values, and the logits.
+    A decoder with grouped-query attention and a gated MLP that reads prompts, without padding. Its bytes are the
+    weights of layers, norms and head, the prompts' embeddings, keys and values, and the logits.
 
     Args:
         text_config (`PreTrainedConfig`): The language model's configuration.
-        batch_size (`int`): How many prompts.
+        batch_size (`int`): Number of prompts.
         length (`int`): Tokens of each, vision tokens included.
         bytes_per_value (`int`): Of weights and activations.
         num_logits (`int`, *optional*, defaults to 1): For how many tokens of each prompt the head is applied.
@@ -128,12 +128,12 @@ def prefill_work(
 
 def decode_work(text_config: PreTrainedConfig, batch_size: int, context: int, bytes_per_value: int) -> Work:
     """
-    One step of decoding: a token for each row. Its bytes are the weights of layers, norms and head, the cache with the new
-    token's part, and the embeddings and logits of one token.
+    One step of decoding: a token for each row. Its bytes are the weights of layers, norms and head, the cache with the
+    new token's part, and the embeddings and logits of one token.
 
     Args:
         text_config (`PreTrainedConfig`): The language model's configuration.
-        batch_size (`int`): How many rows.
+        batch_size (`int`): Number of rows.
         context (`int`): Tokens of each row in the cache before the step.
         bytes_per_value (`int`): Of weights, cache and activations.
     """
@@ -155,20 +155,21 @@ def training_work(
     is_tower_frozen: bool = True,
 ) -> Work:
     """
-    Forward and backward pass of one step with logits for every token, without padding, recomputation or the optimizer. A
-    trained matrix costs three times its forward pass, the products with its gradient and its input's; the first trained
-    ones have no gradient to hand on, so that they cost twice: the projector's gate and up behind a frozen tower, else the
-    patch embedding. Pooling has nothing to train: once behind a frozen tower, else twice. Bytes are the weights, read in
-    both passes, the gradients written, and the pixels; of a frozen tower what [`tower_work`] counts.
+    Forward and backward pass of one step with logits for every token, without padding, recomputation or the optimizer.
+    A trained matrix costs three times its forward pass, the products with its gradient and its input's; the first
+    trained ones have no gradient to hand on, so that they cost twice: the projector's gate and up behind a frozen
+    tower, else the patch embedding. Pooling has nothing to train: once behind a frozen tower, else twice. Bytes are
+    the weights, read in both passes, the gradients written, and the pixels; of a frozen tower what [`tower_work`]
+    counts.
 
     Args:
         config ([`TokenFlexConfig`]): The model's configuration.
-        batch_size (`int`): How many samples.
+        batch_size (`int`): Number of samples.
         num_images (`int`): Images of each sample.
         num_vision_tokens (`int` or `tuple[int, int]`): Count or grid of each image.
         text_tokens (`int`): Tokens of each sample beside its vision tokens.
         bytes_per_value (`int`): Of weights, gradients and activations.
-        is_tower_frozen (`bool`, *optional*, defaults to `True`): Whether the tower runs forward only.
+        is_tower_frozen (`bool`, *optional*, defaults to `True`): Whether to run the tower forward only.
     """
     vision, text = config.vision_config, config.text_config
     length = num_images * math.prod(_grid(config, num_vision_tokens)) + text_tokens
@@ -207,7 +208,7 @@ def cache_bytes(text_config: PreTrainedConfig, batch_size: int, length: int, byt
 
     Args:
         text_config (`PreTrainedConfig`): The language model's configuration.
-        batch_size (`int`): How many rows.
+        batch_size (`int`): Number of rows.
         length (`int`): Tokens of each row.
         bytes_per_value (`int`): Of a key's or value's number.
     """
@@ -224,25 +225,25 @@ def activation_bytes(
     bytes_per_value: int,
 ) -> int:
     """
-    What has to be in memory at once in a prefill beside weights and cache, when every operation is run by itself, writes a
-    tensor of its own, and nothing is kept longer than it is needed. That is the pixels, which the caller holds, and the
-    largest of these, each for all images or all tokens of the batch:
+    The bytes that have to be in memory at once in a prefill beside weights and cache, when every operation is run by
+    itself, writes a tensor of its own, and nothing is kept longer than it is needed. That is the pixels, which the
+    caller holds, and the largest of these, each for all images or all tokens of the batch:
 
-    - a tower layer: the residual, with queries, keys, values and what attention returns, or with the MLP's inner values
-      before and after the activation;
+    - a tower layer: the residual, with queries, keys, values and what attention returns, or with the MLP's inner
+      values before and after the activation;
     - the projector: patch features with those pooled along rows, or gate, up and their product;
-    - a decoder layer: the vision tokens, which the model returns, and the residual, with queries and what attention returns
-      (keys and values are the cache), or with gate, up and their product;
+    - a decoder layer: the vision tokens, which the model returns, and the residual, with queries and what attention
+      returns (keys and values are the cache), or with gate, up and their product;
     - the head: the residual and the logits of the last token of each row.
 
-    Attention is taken to be fused (SDPA's flash or memory-efficient kernel), so that no square of scores exists. Norms in
-    float32, rotary tables and masks are smaller than what the MLP holds, and not counted. The cache is complete only at
-    the end of the language model: where a tower layer is the largest, the sum of weights, cache and this is more than has
-    to exist at once.
+    Attention is taken to be fused (SDPA's flash or memory-efficient kernel), so that no square of scores exists. Norms
+    in float32, rotary tables and masks are smaller than what the MLP holds, and not counted. The cache is complete
+    only at the end of the language model: where a tower layer is the largest, the sum of weights, cache and this is
+    more than has to exist at once.
 
     Args:
         config ([`TokenFlexConfig`]): The model's configuration.
-        batch_size (`int`): How many prompts.
+        batch_size (`int`): Number of prompts.
         num_images (`int`): Images of each prompt.
         num_vision_tokens (`int` or `tuple[int, int]`): Count or grid of each image.
         text_tokens (`int`): Tokens of each prompt beside its vision tokens.

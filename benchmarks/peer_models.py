@@ -1,20 +1,20 @@
 """
 Pairs of a peer and a TokenFLEX of the same shapes, with processors that share one tokenizer, and what they are asked.
 
-What is matched in a pair: width, layers, heads and MLP of the tower and of the language model, vocabulary, patch size,
-image size and hence patches per image, pixel statistics, the prompt, and the length of the sequence that the language
-model reads. Images become `count` tokens in TokenFLEX, InternVL and Qwen3-VL, of `4 * count` patches, since the two peers
+A pair is matched in width, layers, heads and MLP of the tower and of the language model, vocabulary, patch size, image
+size and hence patches per image, pixel statistics, the prompt, and the length of the sequence that the language model
+reads. Images become `count` tokens in TokenFLEX, InternVL and Qwen3-VL, of `4 * count` patches, since the two peers
 make one token of 2 x 2 patches. LLaVA-OneVision makes a token of every patch, so that its pair's towers see `count`
 patches; it ends every image with a newline token, which stands where the other prompts have `<|vision_end|>`.
 
-What cannot be matched, since it is what the peers are: the projectors (SwiGLU behind pooling in TokenFLEX; two layers
-behind a pixel shuffle in InternVL and Qwen3-VL, on four times the tower's width; two layers in LLaVA-OneVision), and in
-Qwen3-VL tower and language model of its own: rotary positions in the tower, pixels of two frames, query and key norms and
-three-dimensional positions in the language model, no biases.
+It cannot be matched in what makes the peers what they are: the projectors (SwiGLU behind pooling in TokenFLEX; two
+layers behind a pixel shuffle in InternVL and Qwen3-VL, on four times the tower's width; two layers in
+LLaVA-OneVision), and in Qwen3-VL tower and language model of its own: rotary positions in the tower, pixels of two
+frames, query and key norms and three-dimensional positions in the language model, no biases.
 
 Where a peer would do more work than the others, it is spared it: Qwen3-VL goes without DeepStack and shows images as
-squares instead of in their own shape; LLaVA-OneVision shows an image in one view, as it does with several images of one
-prompt, where a single image would be cut into tiles beside the whole; InternVL does not cut images.
+squares instead of in their own shape; LLaVA-OneVision shows an image in one view, as it does with several images of
+one prompt, where a single image would be cut into tiles beside the whole; InternVL does not cut images.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Size:
         patch_size (`int`): In pixels.
         alone_side (`int`, *optional*, defaults to 32):
             Patches along a side of the images that TokenFLEX sees where no peer stands beside it.
-        tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether the head is the embeddings.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether to use the embeddings as the head.
     """
 
     tower: tuple[int, ...]
@@ -108,10 +108,10 @@ class Contender:
         name (`str`): A key of `NAMES`.
         model ([`~transformers.PreTrainedModel`]): With random weights.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
-        tower (`nn.Module`): What encodes patches.
-        projector (`nn.Module`): What makes tokens of them; within the tower in Qwen3-VL.
-        placeholder (`str`): What a prompt has in the place of an image.
-        options (`dict`): What the processor is told beside images and text.
+        tower (`nn.Module`): The module that encodes patches.
+        projector (`nn.Module`): The module that makes tokens of them; within the tower in Qwen3-VL.
+        placeholder (`str`): Text in a prompt in the place of an image.
+        options (`dict`): Arguments of the processor beside images and text.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Contender:
         return [turn] * batch_size
 
     def encode(self, images: Sequence[Image.Image], batch_size: int) -> BatchFeature:
-        """What the model takes, for prompts that share out `images` evenly."""
+        """The model's inputs, for prompts that share out `images` evenly."""
         text = self.prompts(batch_size, len(images) // batch_size)
         return self.processor(images=list(images), text=text, padding=True, return_tensors="pt", **self.options)
 

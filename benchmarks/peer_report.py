@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator  # noqa: E402
 
 
 TITLES = {
-    "processing": "image processing + tokenising",
+    "processing": "image processing + tokenizing",
     "tower": "tower",
     "projector": "pooling + projector",
     "prefill": "prefill",
@@ -27,7 +27,7 @@ TITLES = {
 UNITS = {"processing": "images / s", "decode": "tokens / s", "throughput": "answers' images / s", "memory": "MiB"}
 EXPLANATIONS = {
     "decode": f"Calls of {DECODED} tokens, the first not counted.",
-    "throughput": f"From images in memory to answers of {ANSWERED} tokens, processing included; the limit leaves it out.",
+    "throughput": f"From images in memory to answers of {ANSWERED} tokens with processing; the limit leaves it out.",
     "training": "Forward, backward and AdamW; the limit leaves out AdamW.",
     "memory": "Weights and inputs, and what a call of one token adds at its peak; the limit is weights, cache and "
     "activations as counted.",
@@ -35,7 +35,7 @@ EXPLANATIONS = {
 
 
 def figure_of(cell: dict, seconds: float) -> float:
-    """What a table shows of seconds, or of bytes: milliseconds, units per second, MiB."""
+    """A table's cell for seconds, or for bytes: milliseconds, units per second, MiB."""
     images = cell["batch_size"] * cell["images"]
     if cell["stage"] == "decode":
         return cell["batch_size"] * (DECODED - 1) / seconds
@@ -116,8 +116,8 @@ def write_table(results: dict) -> str:
         f"Measured: size `{results['size']['name']}`, {results['dtype']}, "
         + ", ".join(f"{name} {value}" for name, value in machine.items())
         + f", seed {results['seed']}; {rates['flops_per_second'] / 1e9:.0f} GFLOP/s in a bare matrix product and "
-        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s in a bare copy. Ratios are the peer's figure over TokenFLEX's, of time or "
-        "of memory, medians with quartiles over rounds: **above 1, TokenFLEX is ahead**.",
+        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s in a bare copy. Ratios are the peer's figure over TokenFLEX's, "
+        "of time or of memory, medians with quartiles over rounds: **above 1, TokenFLEX is ahead**.",
     ]
     if cells:
         sections += [
@@ -188,29 +188,30 @@ def _alone_sections(alone: dict) -> list[str]:
     if "mixed" in alone:
         mixed = alone["mixed"]
         lines.append(
-            f"- A batch of rows at {', '.join(map(str, mixed['rows']))} tokens takes {mixed['flops_ratio']:.3f} times the "
-            f"operations, and {_show(mixed['seconds_ratio'])} times the time, of the rows of each count by themselves."
+            f"- A batch of rows at {', '.join(map(str, mixed['rows']))} tokens takes {mixed['flops_ratio']:.3f} times "
+            f"the operations, and {_show(mixed['seconds_ratio'])} times the time, of the rows of each count by "
+            "themselves."
         )
     if "recount" in alone:
         percent = max(row["percent"] for row in alone["recount"])
         lines.append(
-            f"- Re-counting encoded inputs from 64 to 256 tokens takes at most {percent:.3f} % of a prefill at 256 (SmolLM2-135M's "
-            "shapes, 1 and 4 images)."
+            f"- Re-counting encoded inputs from 64 to 256 tokens takes at most {percent:.3f} % of a prefill at 256 "
+            "(SmolLM2-135M's shapes, 1 and 4 images)."
         )
     if "second_question" in alone:
         second = alone["second_question"]
         lines.append(
-            f"- A second question about an image whose features were kept calls the tower {second['tower_calls']['second']} "
-            f"times (the first {second['tower_calls']['first']}), and its first token takes {_show(second['ratio'])} of the "
-            "first question's time."
+            "- A second question about an image whose features were kept calls the tower "
+            f"{second['tower_calls']['second']} times (the first {second['tower_calls']['first']}), and its first "
+            f"token takes {_show(second['ratio'])} of the first question's time."
         )
     return [*sections, "\n".join(lines)] if lines else sections
 
 
 def _pairs_table(pairs: list[dict]) -> str:
     header = [
-        "peer", "tokens", "patches", "image tokens in the prompt", "tokens of the prompt", "language model, parameters",
-        "tower", "projector", "FLOPs to first token, one image, M",
+        "peer", "tokens", "patches", "image tokens in the prompt", "tokens of the prompt",
+        "language model, parameters", "tower", "projector", "FLOPs to first token, one image, M",
     ]  # fmt: skip
     rows = []
     for pair in pairs:
@@ -218,12 +219,16 @@ def _pairs_table(pairs: list[dict]) -> str:
         both = [
             f"{own[name]:,} / {other[name]:,}"
             for name in (
-                "image_tokens", "sequence_length", "language_model_parameters", "tower_parameters", "projector_parameters",
+                "image_tokens", "sequence_length",
+                "language_model_parameters", "tower_parameters", "projector_parameters",
             )
         ]  # fmt: skip
         flops = f"{own['first_token_flops'] / 1e6:,.0f} / {other['first_token_flops'] / 1e6:,.0f}"
         rows.append([NAMES[pair["peer"]], pair["count"], pair["patches"], *both, flops])
-    note = "TokenFLEX / peer. FLOPs by torch's counter, attention with all pairs. LLaVA-OneVision's last image token is a newline."
+    note = (
+        "TokenFLEX / peer. FLOPs by torch's counter, attention with all pairs. LLaVA-OneVision's last image token is "
+        "a newline."
+    )
     return f"{_table(header, rows)}\n\n{note}"
 
 
@@ -292,8 +297,8 @@ def draw_plot(results: dict) -> bytes:
         axes[0].legend(ncols=len(peers), fontsize=8, loc="upper right")
         axes[-1].set_xticks(range(len(stages)), [TITLES[stage].replace(" + ", " +\n") for stage in stages], fontsize=9)
     figure.suptitle(
-        f"Time or memory of the peer over tokenflex's (above 1, tokenflex is ahead)\nbatch of {batch_size}, images per prompt: "
-        f"{images}; medians, bars are quartiles",
+        f"Time or memory of the peer over tokenflex's (above 1, tokenflex is ahead)\nbatch of {batch_size}, images "
+        f"per prompt: {images}; medians, bars are quartiles",
         fontsize=10,
     )
     buffer = io.BytesIO()

@@ -1,12 +1,13 @@
 """
-What is timed of a pair, and how.
+Measurements of a pair.
 
-Processing makes a model's inputs of images in memory and prompts. Hooks divide one forward pass into tower, pooling with
-projector (and pixel shuffle, in InternVL), and prefill, which is all the rest of the pass: embeddings, placing the features,
-language model with its cache, and the head on the last token. The time to first token is that of a whole call of
-`generate(max_new_tokens=1)` from processed inputs. Decoding is what follows the first pass of the language model in a call
-of 32 tokens. Throughput is processing and a call of 16 tokens. A training step is forward, backward and AdamW with the
-tower frozen and text as labels. Memory is weights and inputs, and what a call of one token adds to them at its peak.
+Processing makes a model's inputs of images in memory and prompts. Hooks divide one forward pass into tower, pooling
+with projector (and pixel shuffle, in InternVL), and prefill, which is all the rest of the pass: embeddings, placing
+the features, language model with its cache, and the head on the last token. The time to first token is that of a whole
+call of `generate(max_new_tokens=1)` from processed inputs. Decoding is what follows the first pass of the language
+model in a call of 32 tokens. Throughput is processing and a call of 16 tokens. A training step is forward, backward
+and AdamW with the tower frozen and text as labels. Memory is weights and inputs, and what a call of one token adds to
+them at its peak.
 """
 
 import contextlib
@@ -37,10 +38,10 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenflex.evaluation.cost import peak_memory, reset_peak_memory, synchronise
+from tokenflex.evaluation.cost import peak_memory, reset_peak_memory, synchronize
 
 
-# What one measurement yields.
+# The stages that one measurement yields.
 STAGES = {
     "processing": ["processing"],
     "forward": ["tower", "projector", "prefill"],
@@ -54,16 +55,16 @@ DECODED, ANSWERED = 32, 16
 # The most images in a batch that a measurement is made with; those that are not named are made with any number.
 MOST_IMAGES = {"first_token": 32, "decode": 32, "throughput": 32, "training": 8}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# How many of the rounds are taken with up to so many images in a batch.
+# The share of the rounds that is taken with up to so many images in a batch.
 SHARES = ((1, 1.0), (8, 0.6), (math.inf, 0.2))
 
 
 class Moments:
     """
-    When the first pass in the block begins and ends, and in it those of tower and projector.
+    Times at which the first pass in the block begins and ends, and in it those of tower and projector.
 
     Args:
-        contender ([`Contender`]): Whose.
+        contender ([`Contender`]): The contender to time.
     """
 
     def __init__(self, contender: Contender):
@@ -111,10 +112,10 @@ def generate(contender: Contender, inputs, length: int, **options) -> torch.Tens
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -152,8 +153,9 @@ def measure_throughput(contender: Contender, photos, batch_size: int) -> dict[st
 @contextlib.contextmanager
 def returned_memory() -> Iterator[None]:
     """
-    Lets glibc give back every block of some size as soon as it is freed, so that what a process holds does not depend on
-    what it held before. Afterwards the thresholds are those that glibc itself arrives at where large blocks come and go.
+    Lets glibc give back every block of some size as soon as it is freed, so that what a process holds does not depend
+    on what it held before. Afterwards the thresholds are those that glibc itself arrives at where large blocks come
+    and go.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
     if libc is None:
@@ -175,7 +177,7 @@ def measure_memory(contender: Contender, inputs) -> dict[str, float]:
             return {"memory": float("nan")}
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
         generate(contender, inputs, 1)
-        synchronise(device)
+        synchronize(device)
         added = peak_memory(device) - before
     held = sum(parameter.nbytes for parameter in contender.model.parameters())
     held += sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
@@ -231,7 +233,7 @@ def alternate(functions: dict, rounds: int, warmup: int = 1) -> dict:
     Calls each in turn, round by round, forwards and backwards by turns, so that what slows the machine down slows all.
 
     Returns:
-        `dict`: What each returned, in the rounds behind those that warm up.
+        `dict`: The values that each returned, in the rounds behind those that warm up.
     """
     records = {name: [] for name in functions}
     for number in range(-warmup, rounds):
@@ -244,8 +246,8 @@ def alternate(functions: dict, rounds: int, warmup: int = 1) -> dict:
 
 def choose_rounds(measurement: str, num_images: int, rounds: int) -> tuple[int, int]:
     """
-    Rounds that are timed, the fewer the larger the batch and none where a measurement is not made, and rounds before them
-    that warm up.
+    Rounds that are timed, the fewer the larger the batch and none where a measurement is not made, and rounds before
+    them that warm up.
     """
     if num_images > MOST_IMAGES.get(measurement, num_images):
         return 0, 0
@@ -292,8 +294,8 @@ def count_limits(
     contender: Contender, count: int, batch_size: int, num_images: int, length: int, rates: Rates
 ) -> dict[str, dict]:
     """
-    Of TokenFLEX, for each stage its operations `flops`, its `bytes`, and the `least` seconds that they take one part after
-    the other; for `memory` the `least` bytes of weights, cache and activations. Processing has none.
+    Of TokenFLEX, for each stage its operations `flops`, its `bytes`, and the `least` seconds that they take one part
+    after the other; for `memory` the `least` bytes of weights, cache and activations. Processing has none.
     """
     limits = {}
     for stage, works in count_work(contender, count, batch_size, num_images, length).items():

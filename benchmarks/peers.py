@@ -4,27 +4,29 @@ TokenFLEX beside transformers' InternVL, LLaVA-OneVision and Qwen3-VL, measured 
     python benchmarks/peers.py --output_dir outputs/bench
     python benchmarks/peers.py --output_dir outputs/bench-gpu --size so400m-7b --device cuda --dtype bfloat16 \\
         --batch_sizes 1 8 --images 1 --stages tower projector prefill first_token memory
-    python benchmarks/peers.py --output_dir outputs/bench-0.5b --size so400m-0.5b --peers --extras scaling --batch_sizes 1
+    python benchmarks/peers.py --output_dir outputs/bench-0.5b --size so400m-0.5b --peers --extras scaling \\
+        --batch_sizes 1
 
 The first takes about 27 minutes on two quiet cores. Each writes `results.json`, the table `results.md` and the plot
 `results.png`. The last line printed is one JSON object.
 
-What is compared is a pair: a peer, and a TokenFLEX of the same shapes over the same patches, images and prompts, at the
-same number of tokens per image. `peer_models.py` says what is matched and what cannot be, `peer_stages.py` what each stage
-is. The two take turns within each round, first one and then the other beginning, in one process; figures are medians and
-quartiles, and ratios are the peer's over TokenFLEX's of the same round, so that above 1 TokenFLEX is ahead. Weights are
-random, since only shapes decide what a step takes. Sequences have equal lengths, so that nobody pads.
+A comparison has a pair: a peer, and a TokenFLEX of the same shapes over the same patches, images and prompts, at the
+same number of tokens per image. `peer_models.py` says what is matched and what cannot be, `peer_stages.py` what each
+stage is. The two take turns within each round, first one and then the other beginning, in one process; figures are
+medians and quartiles, and ratios are the peer's over TokenFLEX's of the same round, so that above 1 TokenFLEX is
+ahead. Weights are random, since only shapes decide what a step takes. Sequences have equal lengths, so that nobody
+pads.
 
-A batch of one image is measured in `--rounds` rounds, one of up to 8 images in 60 % of them and a larger one in 20 %; memory
-twice, or once with more than 32 images. Training is measured with up to 8 images in a batch; with more than 32 only
-processing, the forward pass and memory are. Beside TokenFLEX's figures stands the limit that follows from their operations
-and bytes, and from the rates that the machine reached in this run in bare matrix products and copies (`limits.py`);
-processing has none.
+A batch of one image is measured in `--rounds` rounds, one of up to 8 images in 60 % of them and a larger one in 20 %;
+memory twice, or once with more than 32 images. Training is measured with up to 8 images in a batch; with more than 32
+only processing, the forward pass and memory are. Beside TokenFLEX's figures stands the limit that follows from their
+operations and bytes, and from the rates that the machine reached in this run in bare matrix products and copies
+(`limits.py`); processing has none.
 
 Apart from the pairs, of TokenFLEX alone: `scaling`, what fewer tokens of the same 1,024 patches save up to the first
-token, beside what the operations predict; `mixed`, a batch whose rows have 64, 144 and 256 tokens beside the rows of each
-count run by themselves; `recount`, what re-counting encoded inputs costs beside a prefill (`recount.py`, which is for
-CPUs); `second_question`, the first token of a question about an image whose features were kept.
+token, beside what the operations predict; `mixed`, a batch whose rows have 64, 144 and 256 tokens beside the rows of
+each count run by themselves; `recount`, what re-counting encoded inputs costs beside a prefill (`recount.py`, which is
+for CPUs); `second_question`, the first token of a question about an image whose features were kept.
 """
 
 import argparse
@@ -61,7 +63,7 @@ EXTRAS = ("scaling", "mixed", "recount", "second_question")
 
 
 def describe_pair(pair: tuple[Contender, Contender], peer: str, count: int, photos: list) -> dict:
-    """What is equal in a pair and what is not, counted on one image."""
+    """Counts, on one image, of the things that are equal in a pair and those that are not."""
     described = {"peer": peer, "count": count, "patches": grid_side(peer, count) ** 2}
     for contender in pair:
         inputs = encode(contender, photos[:1], 1)
@@ -209,7 +211,7 @@ def measure_second_question(contender: Contender, photos: list, rounds: int) -> 
 
 
 def measure_alone(args: argparse.Namespace, photos: list, rates: Rates) -> dict:
-    """What is asked for of TokenFLEX alone, at one resolution."""
+    """The measurements of TokenFLEX alone, at one resolution."""
     size = SIZES[args.size]
     contender = build_alone(size, max(COUNTS), args.device, getattr(torch, args.dtype), args.seed)
     figures = {}

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import linear
 
 
-# Rows, inner width and outer width of the matrix products that are timed: a prompt of 8 * 288 tokens through Qwen2.5-7B's
-# MLP, SigLIP-so400m's MLP over 32 images, and a large square one; on CPUs a prompt through SmolLM2-135M's and
-# Qwen2.5-0.5B's, and a square one.
+# Rows, inner width and outer width of the matrix products that are timed: a prompt of 8 * 288 tokens through the MLP
+# of Qwen2.5-7B, 32 images through SigLIP-so400m's, and a large square one; on CPUs a prompt through SmolLM2-135M's
+# and Qwen2.5-0.5B's, and a square one.
 CUDA_PRODUCTS = ((2304, 3584, 18944), (23328, 1152, 4304), (8192, 8192, 8192))
 CPU_PRODUCTS = ((576, 576, 1536), (576, 896, 4864), (1024, 1024, 1024))
 CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**32, 2**28
@@ -20,7 +20,7 @@ CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**32, 2**28
 @dataclass(frozen=True)
 class Rates:
     """
-    What a machine reaches.
+    Rates that a machine reaches.
 
     Args:
         flops_per_second (`float`): In matrix products.
@@ -34,13 +34,13 @@ class Rates:
 @torch.no_grad()
 def measure_rates(device: str | torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Rates:
     """
-    Times matrix products of model-like sizes and a copy that no processor's cache holds, and takes the best of each: what
-    this machine gives while it is doing nothing else, with the number of threads that torch uses.
+    Times matrix products of model-like sizes and a copy that no processor's cache holds, and takes the best of each:
+    what this machine gives while it is doing nothing else, with the number of threads that torch uses.
 
     Args:
-        device (`str` or `torch.device`): Where.
+        device (`str` or `torch.device`): Device to measure.
         dtype (`torch.dtype`): Of the matrices.
-        seconds (`float`, *optional*, defaults to 0.3): How long each is repeated, at least three times.
+        seconds (`float`, *optional*, defaults to 0.3): Seconds for which to repeat each, at least three times.
     """
     device = torch.device(device)
     is_cuda = device.type == "cuda"

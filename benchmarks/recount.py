@@ -1,11 +1,12 @@
 """
-What re-counting costs beside the prefill it shortens.
+The cost of re-counting beside the prefill it shortens.
 
     python benchmarks/recount.py
 
 The language model has SmolLM2-135M's shapes, about the smallest in use, since the ratio only falls with larger ones;
-weights are random, and the vision tower does not count into the prefill. Both are timed alternately in one process, and
-the ratio of their medians is what to read: times differ between machines. The last line printed is one JSON object.
+weights are random, and the vision tower does not count into the prefill. Both are timed alternately in one process,
+and the ratio of their medians is what to read: times differ between machines. The last line printed is one JSON
+object.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, SiglipVisionConfig
 
-from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, recount_vision_tokens
+from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, at_count
 
 
 IMAGE_TOKEN, PAD_TOKEN = 49150, 0
@@ -67,7 +68,7 @@ def measure(model, batch_size: int, images: int, repeats: int, recounts: int) ->
 
     def recount():
         for _ in range(recounts):
-            recount_vision_tokens(encoded, grids, IMAGE_TOKEN, PAD_TOKEN)
+            at_count(encoded, grids, model.config, PAD_TOKEN)
 
     def prefill():
         model(inputs_embeds=embeds, attention_mask=prompt["attention_mask"], logits_to_keep=1)

@@ -1,11 +1,12 @@
 """
-What flexible token counts cost and save in training: time of sampled, nested and packed steps beside what they replace.
+The cost and gain of flexible token counts in training: time of sampled, nested and packed steps beside what they
+replace.
 
     python benchmarks/training.py --part all
     python benchmarks/training.py --part gpu
 
 Parts: `draw` sampled counts beside the largest alone; `nested` one step at all counts beside a step at each; `packing`
-packed beside padded rows; `table` speed and memory at each count; `gpu` that table and model FLOPs utilisation for
+packed beside padded rows; `table` speed and memory at each count; `gpu` that table and model FLOPs utilization for
 SigLIP-so400m and Qwen2.5-1.5B in bfloat16, on CUDA only. `all` is the first four.
 
 Weights are random, since only shapes decide what a step takes. What is compared is trained in turns, a step of each at
@@ -115,8 +116,8 @@ def measure_draw(shape: str, steps: int, warmup: int, batch_size: int, seed: int
     print_table(["sampled / fixed 256", f"these {steps} draws, seed {seed}", "expected at 2:3:5", "paper"], table)
     print(f"\nThe same count in both runs, sampled / fixed (1 but for noise): {show(figures['same_work_twice'])}")
     print(
-        f"FLOPs, computed from shapes, sampled / fixed 256: {figures['flops_ratio_expected']['this_model']:.3f}; with the "
-        f"paper's models and as much text it would be {paper_ratio:.3f}"
+        f"FLOPs, computed from shapes, sampled / fixed 256: {figures['flops_ratio_expected']['this_model']:.3f}; with "
+        f"the paper's models and as much text it would be {paper_ratio:.3f}"
     )
     return figures
 
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     per_part = "Default: " + ", ".join("{} {}".format(*item) for item in STEPS.items()) + "."
     batches = "Default: " + ", ".join("{} {}".format(*item) for item in BATCH_SIZES.items()) + "."
     parser.add_argument(
-        "--part", choices=[*STEPS, "all"], default="all", help="What to measure. Default: %(default)s."
+        "--part", choices=[*STEPS, "all"], default="all", help="Part to measure. Default: %(default)s."
     )
     parser.add_argument("--steps", type=int, help=f"Timed steps of each variant. {per_part}")
     parser.add_argument("--batch_size", type=int, help=f"Samples per step. {batches} The tiny model always has 16.")

@@ -1,4 +1,4 @@
-"""What the training benchmark times: models by shape, seeded rows, and trainers that take turns step by step."""
+"""The runs that the training benchmark times: models by shape, seeded rows, trainers that take turns step by step."""
 
 import copy
 import math
@@ -85,7 +85,7 @@ class QuestionRows:
 
     Args:
         image_size (`int`): Sides of the images in pixels.
-        num_rows (`int`): How many there are.
+        num_rows (`int`): Number of rows.
         seed (`int`): The rows' seed.
         mixed (`bool`, *optional*, defaults to `False`):
             A mixture as instruction data is: 25 % text alone with answers of 1 to 40 sentences, 40 % one image and a
@@ -205,7 +205,7 @@ class Run:
 
 
 def sharing_runs(model, processor, rows, variants: dict[str, dict], **kwargs) -> dict[str, Run]:
-    """One run for each variant's arguments; they share weights, gradients and optimizer, so that memory is that of one."""
+    """One run for each variant's arguments; they share weights, gradients and optimizer, and so the memory of one."""
     runs = {}
     for name, variant in variants.items():
         parameters = {id(parameter): parameter for parameter in model.parameters()}

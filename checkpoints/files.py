@@ -20,7 +20,8 @@ PROVENANCE_NAME = "provenance.json"
 def replace_directory(path: str | Path) -> Iterator[Path]:
     """
     Yields a new empty folder that takes the place of `path` once the block has ended well. If the block raises, what
-    was at `path` stays as it was; if the process is killed between the two renames, it lies beside under a hidden name.
+    was at `path` stays as it was; if the process is killed between the two renames, it lies beside under a hidden
+    name.
 
     Example:
 
@@ -63,7 +64,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
     Args:
         path (`str` or `Path`): The file.
-        content (`str` or `bytes`): What it is to hold; text as UTF-8.
+        content (`str` or `bytes`): Content to write; text as UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def save_checkpoint(
         processor ([`~transformers.ProcessorMixin`]): Its processor.
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): The largest file of weights.
         state_dict (`dict`, *optional*): The weights, where the model holds only a share of them.
-        provenance (`dict`, *optional*): How it was made, for its model card, as [`add_stage`] returns it.
+        provenance (`dict`, *optional*): History of the model, for its card, as [`add_stage`] returns it.
 
     Raises:
         ValueError: If there is a file at `path`, or a folder with something else than a checkpoint.
@@ -117,12 +118,31 @@ def save_checkpoint(
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"A checkpoint cannot be saved to {path}, which holds other things: name a new folder.")
     with replace_directory(path) as folder:
-        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-        dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-        if len(dtypes) > 1:
-            # transformers writes the dtype of the first weight, and loads all of them in what is written.
-            model.config.dtype = functools.reduce(torch.promote_types, dtypes)
-            model.config.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if provenance is not None:
-            (folder / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2, default=str) + "\n")
+        _write_checkpoint(folder, model, processor, max_shard_size, state_dict, provenance)
+
+
+def update_checkpoint(path: str | Path, model, processor, provenance: dict) -> None:
+    """
+    Saves a model over the checkpoint that it was loaded from; other files of the folder, such as a model card, stay.
+
+    Args:
+        path (`str` or `Path`): The folder.
+        model ([`~transformers.PreTrainedModel`]): The model.
+        processor ([`~transformers.ProcessorMixin`]): Its processor.
+        provenance (`dict`): History of the model, as [`add_stage`] returns it.
+    """
+    with replace_directory(path) as folder:
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+        _write_checkpoint(folder, model, processor, "50GB", None, provenance)
+
+
+def _write_checkpoint(folder: Path, model, processor, max_shard_size, state_dict, provenance: dict | None) -> None:
+    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    if len(dtypes) > 1:
+        # transformers writes the dtype of the first weight, and loads all of them in what is written.
+        model.config.dtype = functools.reduce(torch.promote_types, dtypes)
+        model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if provenance is not None:
+        (folder / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2, default=str) + "\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint was made from and how: kept beside its weights, and carried on from stage to stage."""
+"""The origin of a checkpoint and the stages since: kept beside its weights, and carried on from stage to stage."""
 
 import json
 import re
@@ -15,14 +15,15 @@ from .files import PROVENANCE_NAME
 
 def read_provenance(checkpoint: str | Path) -> dict:
     """
-    What is known of how a checkpoint was made.
+    Reads the history of a checkpoint, as far as it is known.
 
     Args:
         checkpoint (`str` or `Path`): Folder or Hub id.
 
     Returns:
-        `dict`: `base_models`, what it was built from, and `stages`, what was done since, oldest first. Of a folder that
-        says nothing both are empty; a checkpoint of the Hub that says nothing is itself what others are built from.
+        `dict`: `base_models`, what it was built from, and `stages`, what was done since, oldest first. Of a folder
+        that says nothing both are empty; a checkpoint of the Hub that says nothing is itself what others are built
+        from.
 
     Raises:
         ValueError: If what it says cannot be read.
@@ -47,7 +48,7 @@ def _is_hub_id(name: str | Path) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """
-    Whether a name has the form of the Hub's, `"user/name"`.
+    Tells whether a name has the form of the Hub's, `"user/name"`.
 
     Args:
         name (`str`): The name.
@@ -60,9 +61,9 @@ def add_stage(provenance: dict, kind: str, **facts) -> dict:
     The provenance of what one more stage makes.
 
     Args:
-        provenance (`dict`): What [`read_provenance`] returns.
-        kind (`str`): What is done, such as `"training"`.
-        facts: What the result depends on, as JSON takes it; `None` is left out.
+        provenance (`dict`): Provenance from [`read_provenance`].
+        kind (`str`): Name of the stage, such as `"training"`.
+        facts: Facts that the result depends on, as JSON takes it; `None` is left out.
 
     Returns:
         `dict`: A new one; libraries' versions are added.

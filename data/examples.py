@@ -1,18 +1,18 @@
 """Rows of visual question answering data, in the shapes people keep them in, as one `Example`."""
 
-import io
-import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .images import ImageError, decode_image
 
 
 COLUMNS_HELP = (
-    "a row needs `question`/`answer`, `questions`/`answers`, `messages` (roles and content) or LLaVA's `conversations`, "
-    "and `image` or `images` unless it is text alone"
+    "a row needs `question`/`answer`, `questions`/`answers`, `messages` (roles and content) or LLaVA's "
+    "`conversations`, and `image` or `images` unless it is text alone"
 )
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -31,7 +31,7 @@ class Example:
         families (`list[str]`, *optional*):
             The kind of question of each dialog, by which scores are told apart.
         skipped (`int`, *optional*, defaults to 0):
-            How many unusable rows were passed over to reach this one.
+            Number of unusable rows that were passed over to reach this one.
         references (`list[list[str]]`, *optional*):
             All answers that were given to each dialog's question, where the row has several; the dialog holds the
             commonest of them.
@@ -46,17 +46,17 @@ class Example:
 
 def to_example(row: "dict | Example", image_folder: str | Path | None = None) -> Example:
     """
-    Normalises one row.
+    Normalizes one row.
 
     Args:
         row (`dict` or `Example`):
             `question` and `answer` (and `family`), lists `questions` and `answers` (and `families`), chat `messages`,
             or LLaVA's `conversations`, with the images they are about, if any: PIL images, encoded bytes or paths in
             `image` or `images`, or in the `image` or `path` of the messages' image parts. Several people's answers to
-            one `question`, or to one of the `questions`, are a list, of strings or of VQA's `{"answer": ...}`: training
-            uses the commonest, scores use all.
+            one `question`, or to one of the `questions`, are a list, of strings or of VQA's `{"answer": ...}`:
+            training uses the commonest, scores use all.
         image_folder (`str` or `Path`, *optional*):
-            Where relative image paths start.
+            Folder in which relative image paths start.
 
     Returns:
         [`Example`]
@@ -92,46 +92,11 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
     dialogs = [_place_images(dialog, len(images)) for dialog in dialogs]
     if any(_up_to_images(dialog) != _up_to_images(dialogs[0]) for dialog in dialogs):
         raise BadRowError("its questions place the images differently, so that they cannot share them")
-    images = [decode_image(image, image_folder) for image in images]
-    return Example(images, dialogs, families, references=references)
-
-
-def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
-    """
-    Opens, fully decodes and turns upright an image given as PIL image, bytes, path or the `{"bytes", "path"}` of `datasets`.
-
-    Args:
-        value (`PIL.Image.Image`, `bytes`, `str`, `Path` or `dict`): The image, its encoded bytes or its file.
-        image_folder (`str` or `Path`, *optional*): Where relative paths start. Defaults to the working directory.
-
-    Raises:
-        BadRowError: If it is missing, on the network, or not a readable image.
-    """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", value, re.IGNORECASE):
-        raise BadRowError(
-            f"its image is the address {reprlib.repr(value)}: images are not fetched from the network, so download it "
-            "first and give its path"
-        )
     try:
-        if isinstance(value, (str, Path)):
-            value = Image.open(Path(image_folder or "") / value)
-        elif isinstance(value, bytes):
-            value = Image.open(io.BytesIO(value))
-        if not isinstance(value, Image.Image):
-            raise BadRowError(f"its image is {type(value).__name__}, not an image, bytes or a path")
-        value = ImageOps.exif_transpose(value)
-        value.load()
-    except BadRowError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        raise BadRowError(f"its image cannot be decoded ({type(error).__name__}: {error})") from None
-    if value.mode == "F":
-        raise BadRowError("its image has PIL mode F (floating point), whose range is unknown")
-    if 0 in value.size:
-        raise BadRowError(f"its image has no pixels ({value.width} x {value.height})")
-    return value
+        images = [decode_image(image, image_folder) for image in images]
+    except ImageError as error:
+        raise BadRowError(str(error)) from None
+    return Example(images, dialogs, families, references=references)
 
 
 def _images(row: dict, dialogs: list[list[dict]]) -> list:
@@ -142,7 +107,8 @@ def _images(row: dict, dialogs: list[list[dict]]) -> list:
     inline = [part.pop("image") for part in parts if "image" in part]
     if images and inline:
         raise BadRowError(
-            f"it has {len(images)} images in a column and {len(inline)} in its messages: give all in the one or the other"
+            f"it has {len(images)} images in a column and {len(inline)} in its messages: give all in the one or the "
+            "other"
         )
     if not images and not inline:
         for name, value in row.items():
@@ -185,7 +151,7 @@ def _from_questions(row: dict) -> tuple[list[list[dict]], list[str] | None, list
 
 
 def _inner(answer):
-    """What is in VQA's `{"answer": ...}` or SQuAD's `{"text": ...}`, of one answer or of a column of them."""
+    """The texts in VQA's `{"answer": ...}` or SQuAD's `{"text": ...}`, of one answer or of a column of them."""
     if not isinstance(answer, dict):
         return answer
     names = [name for name in ("answer", "text") if name in answer]
@@ -264,8 +230,8 @@ def _part(part: dict) -> dict:
     remote = [key for key in ("image_url", "url", "base64") if key in part]
     if remote or kind == "image_url":
         raise BadRowError(
-            f"an image part of a message has {(remote or ['image_url'])[0]!r}: images are read from `image` or `path`, and "
-            "nothing is fetched from the network, so download it first"
+            f"an image part of a message has {(remote or ['image_url'])[0]!r}: images are read from `image` or "
+            "`path`, and nothing is fetched from the network, so download it first"
         )
     value = part.get("image", part.get("path"))
     return {"type": "image"} if value is None else {"type": "image", "image": value}

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -13,61 +12,45 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
+from .arguments import DataArguments, check_weights
 from .examples import BadRowError, Example, to_example
+from .synthetic import SyntheticVQA
 
 
 logger = logging.get_logger(__name__)
-
-BAD_ROW_POLICIES = ("error", "skip")
-LONG_ROW_POLICIES = ("error", "skip", "truncate")
-CHECK_TIMES = ("first", "lazily")
 
 
 class LongRowError(BadRowError):
     """A data row that is longer than `max_length`."""
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}`={value!r}: use {' or '.join(map(repr, choices))}.")
-
-
 @dataclass
 class RowChecker:
     """
-    Decides whether a row can be used.
+    Decides if a row can be used.
 
     Args:
-        source (`str`): What to call the data set in errors.
-        image_folder (`str`, *optional*): Where relative image paths start.
-        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
-        special_tokens (`Sequence[str]`, *optional*): What texts must not contain, since it would end or place things.
-        max_length (`int`, *optional*): The longest row, in tokens. By default rows may be of any length.
-        on_long_row (`str`, *optional*, defaults to `"error"`):
-            `"error"`, `"skip"`, or `"truncate"` to keep a longer row for the collator to cut.
+        source (`str`): The data set's name in errors.
+        args ([`DataArguments`]): The policies for bad and long rows, and the longest row.
+        image_folder (`str` or `Path`, *optional*): Where relative image paths start.
+        special_tokens (`Sequence[str]`, *optional*): Tokens that texts must not hold: they would end or place things.
         measure (`Callable`, *optional*):
-            Takes an example and returns (tokens it needs at the largest vision-token count, tokens of it that cannot be
-            cut). Needed with `max_length`.
+            Takes an example and returns (tokens it needs at the largest vision-token count, tokens of it that cannot
+            be cut). Needed with `max_length`.
 
     Raises:
-        ValueError: If a policy is unknown, or `max_length` is not positive or cannot be measured.
+        ValueError: If there is a `max_length`, but nothing that measures.
     """
 
     source: str
+    args: DataArguments
     image_folder: str | Path | None = None
-    on_bad_row: str = "error"
     special_tokens: Sequence[str] = ()
-    max_length: int | None = None
-    on_long_row: str = "error"
     measure: Callable[[Example], tuple[int, int]] | None = None
 
     def __post_init__(self):
-        check_choice("on_bad_row", self.on_bad_row, BAD_ROW_POLICIES)
-        check_choice("on_long_row", self.on_long_row, LONG_ROW_POLICIES)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length`={self.max_length}: a row has at least one token.")
-        if self.max_length is not None and self.measure is None:
-            raise ValueError(f"`max_length`={self.max_length} needs `measure`, which counts the tokens of a row.")
+        if self.args.max_length is not None and self.measure is None:
+            raise ValueError(f"`max_length`={self.args.max_length} needs `measure`, which counts the tokens of a row.")
 
     def __call__(self, index: int, read: Callable[[], dict | Example]) -> Example | None:
         """
@@ -87,7 +70,7 @@ class RowChecker:
             self._refuse_length(example)
             return example
         except (BadRowError, UnicodeDecodeError) as error:
-            policy = self.on_long_row if isinstance(error, LongRowError) else self.on_bad_row
+            policy = self.args.on_long_row if isinstance(error, LongRowError) else self.args.on_bad_row
             reason = f"{self.source}, row {index}: {error}."
             if policy != "skip":
                 raise BadRowError(reason) from None
@@ -102,18 +85,19 @@ class RowChecker:
                     raise BadRowError(f"its text contains {token!r}, which has a meaning of its own to the model")
 
     def _refuse_length(self, example: Example) -> None:
-        if self.max_length is None:
+        max_length, truncates = self.args.max_length, self.args.on_long_row == "truncate"
+        if max_length is None:
             return
         needed, uncuttable = self.measure(example)
-        if self.on_long_row == "truncate" and uncuttable > self.max_length:
+        if truncates and uncuttable > max_length:
             raise BadRowError(
                 f"it needs {uncuttable} tokens up to its last image and its first answer token, but `max_length` is "
-                f"{self.max_length}: truncation never cuts an image, so raise `max_length` to {uncuttable} or use fewer "
+                f"{max_length}: truncation never cuts an image, so raise `max_length` to {uncuttable} or use fewer "
                 "vision tokens"
             )
-        if self.on_long_row != "truncate" and needed > self.max_length:
+        if not truncates and needed > max_length:
             raise LongRowError(
-                f"it needs {needed} tokens, but `max_length` is {self.max_length}: raise `max_length` to {needed}, use "
+                f"it needs {needed} tokens, but `max_length` is {max_length}: raise `max_length` to {needed}, use "
                 "fewer vision tokens, or choose `on_long_row` 'skip' or 'truncate'"
             )
 
@@ -139,20 +123,13 @@ def _encoded(feature):
 
 class Rows:
     """
-    Rows of one source as the collator takes them.
+    Rows of one source as the collator takes them. With `check_rows="first"` every row is checked now and unusable ones
+    are left out; `"lazily"`, and always for images that are drawn on the spot, a row is checked when it is read, and
+    the next usable one is read in place of one that is to be skipped.
 
     Args:
         dataset (`datasets.Dataset` or `Sequence[dict]`): The rows; images are left encoded until they are needed.
-        source (`str`): What to call it in errors.
-        image_folder (`str`, *optional*): Where relative image paths start.
-        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
-        special_tokens (`Sequence[str]`, *optional*): What texts must not contain, since it would end or place things.
-        max_length (`int`, *optional*): The longest row, in tokens. By default rows may be of any length.
-        on_long_row (`str`, *optional*, defaults to `"error"`): `"error"`, `"skip"` or `"truncate"`.
-        measure (`Callable`, *optional*): Counts a row's tokens as [`RowChecker`] says. Needed with `max_length`.
-        check_rows (`str`, *optional*, defaults to `"first"`):
-            `"first"` checks every row now and leaves unusable ones out; `"lazily"` checks a row when it is read, and
-            reads the next usable one in place of one that is to be skipped.
+        check ([`RowChecker`]): The checker of the rows, with its arguments.
 
     Attributes:
         num_skipped (`int`): The rows left out while checking first.
@@ -161,63 +138,33 @@ class Rows:
         BadRowError: If a row cannot be used and its policy is `"error"`, or no row can.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset | Sequence[dict],
-        source: str,
-        image_folder: str | Path | None = None,
-        on_bad_row: str = "error",
-        special_tokens: Sequence[str] = (),
-        max_length: int | None = None,
-        on_long_row: str = "error",
-        measure: Callable[[Example], tuple[int, int]] | None = None,
-        check_rows: str = "first",
-    ):
-        check_choice("check_rows", check_rows, CHECK_TIMES)
-        check = RowChecker(source, image_folder, on_bad_row, special_tokens, max_length, on_long_row, measure)
+    def __init__(self, dataset: datasets.Dataset | Sequence[dict], check: RowChecker):
         self.dataset = keep_encoded(dataset) if isinstance(dataset, datasets.Dataset) else dataset
-        self.source = source
-        self.image_folder = image_folder
-        self._check = check if check_rows == "lazily" else None
+        self.check = check
+        self.is_lazy = check.args.check_rows == "lazily" or isinstance(dataset, SyntheticVQA)
         self._usable = range(len(dataset))
-        if check_rows == "first":
+        if not self.is_lazy:
             usable = [i for i in self._usable if check(i, partial(self.dataset.__getitem__, i)) is not None]
             self._usable = np.array(usable, dtype=np.int64)
         if not len(self._usable):
-            raise BadRowError(f"{source} has no usable rows.")
+            raise BadRowError(f"{check.source} has no usable rows.")
         self.num_skipped = len(dataset) - len(self._usable)
         if self.num_skipped:
-            logger.warning(f"Skipped {self.num_skipped} of {len(dataset)} rows of {source}.")
+            logger.warning(f"Skipped {self.num_skipped} of {len(dataset)} rows of {check.source}.")
 
     def __len__(self) -> int:
         return len(self._usable)
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
-        if self._check is None:
-            return to_example(self.dataset[int(self._usable[index])], self.image_folder)
+        if not self.is_lazy:
+            return to_example(self.dataset[int(self._usable[index])], self.check.image_folder)
         for skipped in range(len(self)):
             place = (index + skipped) % len(self)
-            example = self._check(place, partial(self.dataset.__getitem__, place))
+            example = self.check(place, partial(self.dataset.__getitem__, place))
             if example is not None:
                 return replace(example, skipped=skipped)
-        raise BadRowError(f"{self.source} has no usable rows.")
-
-
-def check_weights(weights: Sequence[float], num_parts: int) -> list[Fraction]:
-    """
-    Normalises one weight per data set.
-
-    Raises:
-        ValueError: If their number is wrong or one is not a positive number.
-    """
-    if len(weights) != num_parts:
-        raise ValueError(f"`dataset_weights` has {len(weights)} weights for {num_parts} data sets: give one for each.")
-    for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"`dataset_weights` holds {weight}: weights are above 0; leave out what is not wanted.")
-    exact = [Fraction(str(float(weight))) for weight in weights]
-    return [weight / sum(exact) for weight in exact]
+        raise BadRowError(f"{self.check.source} has no usable rows.")
 
 
 class MixedRows:

@@ -27,7 +27,7 @@ def open_rows(
             those of a seed of their own.
         split (`str`, *optional*, defaults to `"train"`): The split of a Hub data set or a folder.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether what `datasets` loads is read one row after the other. JSON and saved data sets are read row by row
+            Whether to read what `datasets` loads one row after the other. JSON and saved data sets are read row by row
             in any case.
         seed (`int`, *optional*, defaults to 0): The seed of synthetic images whose name gives none.
 

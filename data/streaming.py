@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
+from .arguments import DataArguments, check_weights
 from .examples import BadRowError, Example
-from .rows import RowChecker, check_weights, keep_encoded
+from .rows import RowChecker, keep_encoded
 
 
 logger = logging.get_logger(__name__)
@@ -29,25 +30,22 @@ class StreamedRows(IterableDataset):
     Args:
         sources (`Sequence[tuple[datasets.IterableDataset | Sequence[dict], RowChecker]]`):
             Rows and what checks them. Every worker reads the whole of a `datasets.IterableDataset` to find its rows.
-        weights (`Sequence[float]`, *optional*): One weight per source, on any scale.
-        shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Each source's next row is drawn from so many; 0 keeps its order.
+        args ([`DataArguments`]): The sources' weights, if they have any, and from how many rows the next one is drawn.
         seed (`int`, *optional*, defaults to 0): The seed of the order and of the mixture.
         endless (`bool`, *optional*, defaults to `False`):
-            Whether the next epoch follows the last, as training needs it: a `Trainer` finds its place in a stream
+            Let the next epoch follow the last, as training needs it: a `Trainer` finds its place in a stream
             again by the number of rows it has read.
-
-    Raises:
-        ValueError: If `shuffle_buffer` is negative, or the weights do not fit the sources.
 
     Example:
 
     ```python
+    >>> from tokenflex.data.arguments import DataArguments
     >>> from tokenflex.data.rows import RowChecker
     >>> from tokenflex.data.streaming import StreamedRows
     >>> from tokenflex.data.synthetic import SyntheticVQA
 
-    >>> rows = StreamedRows([(SyntheticVQA(num_images=3, seed=0), RowChecker("drawn"))])
+    >>> args = DataArguments(["synthetic:3"])
+    >>> rows = StreamedRows([(SyntheticVQA(num_images=3, seed=0), RowChecker("synthetic:3", args))], args)
     >>> len(list(rows))
     3
     ```
@@ -56,19 +54,15 @@ class StreamedRows(IterableDataset):
     def __init__(
         self,
         sources: Sequence[tuple[datasets.IterableDataset | Sequence[dict], RowChecker]],
-        weights: Sequence[float] | None = None,
-        shuffle_buffer: int = 1000,
+        args: DataArguments,
         seed: int = 0,
         endless: bool = False,
     ):
-        if shuffle_buffer < 0:
-            raise ValueError(f"`shuffle_buffer`={shuffle_buffer}: use a number of rows, or 0 to keep their order.")
         self.sources = [
             (keep_encoded(rows) if isinstance(rows, datasets.IterableDataset) else rows, check)
             for rows, check in sources
         ]
-        self.weights = None if weights is None else [float(share) for share in check_weights(weights, len(sources))]
-        self.shuffle_buffer = shuffle_buffer
+        self.args = args
         self.seed = seed
         self.endless = endless
         self._epoch = torch.tensor(0).share_memory_()  # persistent workers are to see what the Trainer sets
@@ -85,7 +79,8 @@ class StreamedRows(IterableDataset):
             seed = (self.seed, epoch, worker)
             passes = [partial(self._pass, place, worker, num_workers, seed) for place in range(len(self.sources))]
             usable = False
-            for example in self._one_by_one(passes) if self.weights is None else self._mixed(passes, seed):
+            examples = self._one_by_one(passes) if self.args.dataset_weights is None else self._mixed(passes, seed)
+            for example in examples:
                 if example is None:
                     skipped += 1
                 else:
@@ -95,7 +90,7 @@ class StreamedRows(IterableDataset):
                 return
             if not usable:
                 raise BadRowError(
-                    f"There are no usable rows for worker {worker} of {num_workers}: use fewer `dataloader_num_workers`."
+                    f"No rows are usable for worker {worker} of {num_workers}: use fewer `dataloader_num_workers`."
                 )
 
     def _pass(
@@ -105,7 +100,7 @@ class StreamedRows(IterableDataset):
         rows, check = self.sources[place]
         usable = False
         reads = _reads(rows, check.source, worker, num_workers)
-        for index, read in _shuffled(reads, self.shuffle_buffer, np.random.default_rng((*seed, place, number))):
+        for index, read in _shuffled(reads, self.args.shuffle_buffer, np.random.default_rng((*seed, place, number))):
             example = check(index, read)
             usable = usable or example is not None
             yield example
@@ -122,7 +117,7 @@ class StreamedRows(IterableDataset):
     def _mixed(self, passes: Sequence[Callable], seed: tuple[int, ...]) -> Iterator[Example | None]:
         """Draws each row's source. What a source yields up to and with its next usable row counts as one row."""
         draws = np.random.default_rng(seed)
-        weights = np.array(self.weights)
+        weights = np.array(check_weights(self.args.dataset_weights, len(passes)), dtype=float)
         running = [begin(0) for begin in passes]
         numbers = [0] * len(passes)
         unended = set(range(len(passes)))
@@ -156,7 +151,7 @@ def _reads(rows, source: str, worker: int, num_workers: int) -> Iterator[tuple[i
         return
     index = 0
     try:
-        # Unlike `iter(rows)`, batches are not divided among workers by files, of which there may be fewer than workers.
+        # Unlike `iter(rows)`, batches are not divided among workers by files, of which there may be too few.
         for batch in rows.iter(batch_size=32):
             for values in zip(*batch.values()):
                 if index % num_workers == worker:

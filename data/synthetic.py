@@ -1,8 +1,8 @@
 """
 A visual question answering set that the project draws itself: four kinds of scene, ten families of question.
 
-Five families can be answered from a coarse view (`COARSE_FAMILIES`), five need detail (`DETAIL_FAMILIES`). Image i of a
-seed is a pure function of (seed, i), so nothing is stored and nothing is downloaded.
+Five families can be answered from a coarse view (`COARSE_FAMILIES`), five need detail (`DETAIL_FAMILIES`). Image i of
+a seed is a pure function of (seed, i), so nothing is stored and nothing is downloaded.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ DIGITS = (
 COARSE_FAMILIES = ("paper_color", "shape_color", "shape_kind", "shape_place", "tallest_bar")
 DETAIL_FAMILIES = ("bar_value", "cell_color", "digit_color", "digit_value", "dot_count")
 FAMILIES = COARSE_FAMILIES + DETAIL_FAMILIES
-SCENES = {"poster": 0.35, "chart": 0.15, "mosaic": 0.2, "dots": 0.3}  # what questions are asked about, and how often
-TOWER_SCENES = {"page": 0.5, "poster": 0.2, "chart": 0.1, "mosaic": 0.1, "dots": 0.1}  # what the tower learns from
+SCENES = {"poster": 0.35, "chart": 0.15, "mosaic": 0.2, "dots": 0.3}  # of questions, with their shares
+TOWER_SCENES = {"page": 0.5, "poster": 0.2, "chart": 0.1, "mosaic": 0.1, "dots": 0.1}  # of the tower's training
 GRID = 5  # rows and columns of cells: not a count's side, so that cells and pooling windows do not line up
 
 # Dense labels of an object: how many values each has, 0 meaning nothing is there.

@@ -48,7 +48,7 @@ class TransformersDocstrings(griffe.Extension):
             found = [member for parent in found for member in parent.members.values()]
             found = [member for member in found if not member.is_alias and re.match("[a-zA-Z]|__call__", member.name)]
         for module in shown:
-            module.exports = None  # what a package exports stands once, in its module
+            module.exports = None  # documented once, in the module that defines it
 
         def link(match):
             path = next((path for path in objects if f".{path}".endswith(f".{match[1]}")), match[1])

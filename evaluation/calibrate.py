@@ -11,14 +11,16 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from ..checkpoints.files import PROVENANCE_NAME, save_checkpoint, write_file
+from ..checkpoints.files import save_checkpoint, update_checkpoint, write_file
 from ..checkpoints.provenance import add_stage, public_names, read_provenance
-from ..choosing_tokenflex import smallest_sufficient
-from ..data.loading import SourceArguments, load_rows
+from ..data.arguments import SourceArguments
+from ..data.loading import load_rows
+from ..generation_tokenflex import TokenFlexChooser, smallest_sufficient
 from .metrics import exact_match
 from .sweep import answer_questions, encode_questions
 
 
+ACCURACY_LOSS = 0.005
 NUM_FOLDS = 5
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 TOLERANCES = np.linspace(0, 1, 201)
@@ -27,7 +29,7 @@ TOLERANCES = np.linspace(0, 1, 201)
 @dataclass
 class Observations:
     """
-    What a model does at every count, question by question.
+    A model's results at every count, question by question.
 
     Args:
         choices (`list[int]`): The counts, rising.
@@ -60,7 +62,7 @@ def observe(
 
 def fit_head(hidden_states: torch.Tensor, right: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Logistic regression of right answers at each count on standardised hidden states.
+    Logistic regression of right answers at each count on standardized hidden states.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_questions, hidden_size)`): The features.
@@ -94,7 +96,7 @@ def foresee(observations: Observations) -> tuple[torch.Tensor, float]:
     Each question's chances by heads that were fitted without its image, at the penalty that foresees best.
 
     Args:
-        observations ([`Observations`]): What [`observe`] returned.
+        observations ([`Observations`]): Results from [`observe`].
 
     Returns:
         `tuple[torch.Tensor, float]`: Chances of shape `(num_questions, num_choices)`, and the penalty.
@@ -131,11 +133,11 @@ class OperatingPoint:
 
 def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequence[float] = TOLERANCES):
     """
-    What each tolerance leads to, `list[OperatingPoint]`.
+    Lists the [`OperatingPoint`] that each tolerance leads to.
 
     Args:
-        chances (`torch.Tensor` of shape `(num_questions, num_choices)`): What [`foresee`] returned.
-        observations ([`Observations`]): What [`observe`] returned.
+        chances (`torch.Tensor` of shape `(num_questions, num_choices)`): Chances from [`foresee`].
+        observations ([`Observations`]): Results from [`observe`].
         tolerances (`Sequence[float]`, *optional*): Defaults to 201 values from 0 to 1.
     """
     points = []
@@ -149,16 +151,16 @@ def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequenc
 
 
 def calibrate(
-    model, observations: Observations, accuracy_loss: float | None = 0.002, mean_tokens: float | None = None
+    model, observations: Observations, accuracy_loss: float | None = ACCURACY_LOSS, mean_tokens: float | None = None
 ) -> dict:
     """
-    Fits the head and finds the tolerance, and gives both to the model's config.
+    Fits the head and finds the tolerance, and gives both to the model.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model that was observed.
-        observations ([`Observations`]): What it did on data that it is not going to be tested on.
-        accuracy_loss (`float`, *optional*, defaults to 0.002):
-            How much accuracy, from 0 to 1, may be lost against the largest count; the fewest tokens that keep it are
+        observations ([`Observations`]): Results on data that it is not going to be tested on.
+        accuracy_loss (`float`, *optional*, defaults to 0.005):
+            Accuracy, from 0 to 1, that may be lost against the largest count; the fewest tokens that keep it are
             taken.
         mean_tokens (`float`, *optional*):
             In its place, how many vision tokens may be read per image on average, the reading at the smallest count
@@ -188,12 +190,11 @@ def calibrate(
     if point is None:
         raise ValueError(f"{target}. Allow more, or calibrate on more data.")
     weight, bias = fit_head(observations.hidden_states, observations.right, penalty)
-    model.config.vision_token_chooser = {
-        "choices": observations.choices,
-        "weight": weight.tolist(),
-        "bias": bias.tolist(),
-        "tolerance": point.tolerance,
-    }
+    chooser = TokenFlexChooser(*weight.shape).to(device=model.device, dtype=model.dtype)
+    chooser.weight.copy_(weight)
+    chooser.bias.copy_(bias)
+    model.model.vision_token_chooser = chooser
+    model.config.vision_token_chooser = {"choices": list(observations.choices), "tolerance": point.tolerance}
     known = [
         next((n for n, hit in zip(observations.choices, row) if hit), min(observations.choices))
         for row in observations.right.tolist()
@@ -212,37 +213,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
         SourceArguments,
         prog="tokenflex calibrate",
-        description="Teach a checkpoint to choose its number of vision tokens for each question (`--num_vision_tokens auto`).",
+        description="Teach a checkpoint to choose its vision tokens for each question (`--num_vision_tokens auto`).",
     )
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument(
         "--output_dir",
-        help="Where the calibrated checkpoint goes. Default: a folder's own config is changed in place.",
+        help="Folder for the calibrated checkpoint. Default: the checkpoint is changed in place.",
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--accuracy_loss",
         type=float,
-        default=0.005,
+        default=ACCURACY_LOSS,
         help="Accuracy that may be lost against the largest count, from 0 to 1.",
     )
     target.add_argument("--mean_tokens", type=float, help="Vision tokens that may be read per image on average.")
     parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
     args = parser.parse_args(argv)
-    report = calibrate_checkpoint(args)
+    report = calibrate_checkpoint(args, *parser.parse_dict(vars(args), allow_extra_keys=True))
     print(json.dumps({name: value for name, value in report.items() if name != "curve"}))  # noqa: T201
 
 
-def calibrate_checkpoint(args: argparse.Namespace) -> dict:
+def calibrate_checkpoint(args: argparse.Namespace, sources: SourceArguments) -> dict:
     path = Path(args.model_name_or_path)
     if args.output_dir is None and not path.is_dir():
-        raise ValueError(
-            f"`output_dir` is needed: {args.model_name_or_path} is no folder, whose config could be changed."
-        )
+        raise ValueError(f"`output_dir` is needed: {args.model_name_or_path} is no folder that could be changed.")
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
+    rows = load_rows(sources, special_tokens)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     observations = observe(model, processor, rows, args.batch_size, args.max_new_tokens)
     report = calibrate(model, observations, args.accuracy_loss, args.mean_tokens)
@@ -251,9 +250,6 @@ def calibrate_checkpoint(args: argparse.Namespace) -> dict:
     if args.output_dir is not None:
         save_checkpoint(args.output_dir, model, processor, provenance=provenance)
     else:
-        config = json.loads((path / "config.json").read_text())
-        config["vision_token_chooser"] = model.config.vision_token_chooser
-        write_file(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_file(path / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
+        update_checkpoint(path, model, processor, provenance)
     write_file(Path(args.output_dir or path) / "calibration.json", json.dumps(report, indent=2) + "\n")
     return report

@@ -1,4 +1,4 @@
-"""What an answer costs at every vision-token count: time to first token, tokens per second, peak memory."""
+"""The cost of an answer at every vision-token count: time to first token, tokens per second, peak memory."""
 
 import platform
 import re
@@ -13,7 +13,8 @@ import transformers
 
 def describe_machine(model, processor) -> dict[str, str | int]:
     """
-    What scores and costs were measured with: `device`, `threads`, `torch`, `transformers` and `image_processor`.
+    Describes what scores and costs were measured with: `device`, `threads`, `torch`, `transformers` and
+    `image_processor`.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -39,8 +40,8 @@ def measure_cost(
     answer_tokens: int = 16,
 ) -> dict[str, dict[int | str, float | None]]:
     """
-    Asks one question about a batch of images at every count. Counts take turns within each repeat, so that a busy machine
-    slows all of them alike.
+    Asks one question about a batch of images at every count. Counts take turns within each repeat, so that a busy
+    machine slows all of them alike.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -49,15 +50,15 @@ def measure_cost(
         question (`str`): The question, the same for each image.
         counts (`Sequence[int | str]`): The vision-token counts; `"auto"` takes in the choosing.
         repeats (`int`, *optional*, defaults to 20):
-            How often the first token is timed, after once that is not counted; whole answers a quarter as often.
-        answer_tokens (`int`, *optional*, defaults to 16): How long the answers are for tokens per second and memory.
+            Number of times to time the first token, after once that is not counted; whole answers a quarter as often.
+        answer_tokens (`int`, *optional*, defaults to 16): Length of the answers for tokens per second and memory.
 
     Returns:
         `dict[str, dict[int | str, float | None]]`: For each count, `milliseconds_to_first_token`, the median time from
         processed inputs to the first answer token of the batch (tower, pooling, projector and prefill);
-        `tokens_per_second`, the batch's answer tokens over the median time of whole answers; `peak_memory_mib`, what the
-        device held at most while answering, weights included: of a GPU what torch had allocated, of a CPU the resident
-        memory of the process; `None` where the system does not say (only CUDA and Linux do).
+        `tokens_per_second`, the batch's answer tokens over the median time of whole answers; `peak_memory_mib`, what
+        the device held at most while answering, weights included: of a GPU what torch had allocated, of a CPU the
+        resident memory of the process; `None` where the system does not say (only CUDA and Linux do).
     """
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -75,11 +76,11 @@ def measure_cost(
 
     def answer(count: int | str, length: int) -> float:
         """The seconds that an answer of exactly `length` tokens takes."""
-        synchronise(model.device)
+        synchronize(model.device)
         start = time.perf_counter()
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         model.generate(**batches[count], num_vision_tokens=count, **options)
-        synchronise(model.device)
+        synchronize(model.device)
         return time.perf_counter() - start
 
     first, whole, memory = ({count: [] for count in counts} for _ in range(3))
@@ -104,7 +105,7 @@ def measure_cost(
     }
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """
     Waits until a GPU has done what it was given.
 
@@ -123,7 +124,7 @@ def reset_peak_memory(device: torch.device) -> bool:
         device (`torch.device`): The device.
 
     Returns:
-        `bool`: Whether it could be reset: on CUDA, and for the memory of this process on Linux.
+        `bool`: `True` if it could be reset: on CUDA, and for the memory of this process on Linux.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -137,14 +138,14 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 def peak_memory(device: torch.device) -> int | None:
     """
-    What was held at most since [`reset_peak_memory`].
+    Reads the most memory that was held since [`reset_peak_memory`].
 
     Args:
         device (`torch.device`): The device.
 
     Returns:
-        `int`, *optional*: In bytes: of a GPU what torch had allocated, else the resident memory of the process; `None` where
-        the system does not say.
+        `int`, *optional*: In bytes: of a GPU what torch had allocated, else the resident memory of the process; `None`
+        where the system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

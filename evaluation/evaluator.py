@@ -12,8 +12,9 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..checkpoints.provenance import public_names
+from ..data.arguments import SourceArguments
 from ..data.examples import to_example
-from ..data.loading import SourceArguments, load_rows
+from ..data.loading import load_rows
 from .cost import describe_machine, measure_cost
 from .intervals import mean_over_families, paired_test
 from .metrics import METRICS, get_metric
@@ -39,8 +40,8 @@ def evaluate(
     run: dict | None = None,
 ) -> tuple[dict, list]:
     """
-    Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score. Processes
-    that were launched together share the rows; each returns the whole report.
+    Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score.
+    Processes that were launched together share the rows; each returns the whole report.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -51,14 +52,16 @@ def evaluate(
             `vision_token_choices`, and `"auto"` if it can.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
-        latency_batch_size (`int`, *optional*, defaults to 32): Prompts per batch when costs are measured; 0 measures none.
+        latency_batch_size (`int`, *optional*, defaults to 32):
+            Prompts per batch when costs are measured; 0 measures none.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
         metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
-        partial_file (`str` or `Path`, *optional*): Where answers are kept while it runs, to go on from.
-        run (`dict`, *optional*): What a partial file is of; one of another run is refused.
+        partial_file (`str` or `Path`, *optional*): File that keeps answers while it runs, to go on from.
+        run (`dict`, *optional*): Description of the run; a partial file of another one is refused.
 
     Returns:
-        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures, and every answer.
+        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures, and
+        every answer.
     """
     get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
@@ -101,10 +104,10 @@ def _of_process(path: str | Path) -> Path:
 
 def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:
     """
-    How sure the scores are. Questions about one image are drawn, and change sides, together.
+    Tells how sure the scores are. Questions about one image are drawn, and change sides, together.
 
     Args:
-        predictions (`Sequence[Prediction]`): What [`predict`] returns.
+        predictions (`Sequence[Prediction]`): Answers from [`predict`].
         counts (`Sequence[int | str]`): The counts to compare.
         metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
 
@@ -134,12 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(dataset_split="test")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument(
-        "--counts",
+        "--num_vision_tokens",
+        dest="counts",
+        metavar="COUNT",
         type=lambda text: text if text == "auto" else int(text),
         nargs="+",
         help="Vision-token counts, or `auto`. Default: the config's choices, and `auto` for a calibrated checkpoint.",
     )
-    parser.add_argument("--metric", default="exact_match", choices=list(METRICS), help="How answers are scored.")
+    parser.add_argument("--metric", default="exact_match", choices=list(METRICS), help="Metric that scores answers.")
     parser.add_argument("--batch_size", type=int, default=64, help="Questions answered at a time.")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="The longest answer in tokens.")
     parser.add_argument(
@@ -148,11 +153,11 @@ def main(argv: list[str] | None = None) -> None:
         default=32,
         help="Prompts per batch when costs are measured; 0 measures none.",
     )
-    parser.add_argument("--output_dir", default="outputs/eval", help="Where reports go.")
+    parser.add_argument("--output_dir", default="outputs/eval", help="Folder for reports.")
     args = parser.parse_args(argv)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row, special_tokens)
+    rows = load_rows(*parser.parse_dict(vars(args), allow_extra_keys=True), special_tokens)
     state = _processes()
     place = "auto" if state.num_processes == 1 else state.device
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map=place)

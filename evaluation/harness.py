@@ -1,17 +1,18 @@
-"""What evaluation harnesses share: a checkpoint that answers conversations at one vision-token count."""
+"""Common part of evaluation harnesses: a checkpoint that answers conversations at one vision-token count."""
 
 import difflib
 import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..configuration_tokenflex import NAMED_COUNTS
-from ..conversation_tokenflex import mask_padding_of_answers
-from ..data.examples import decode_image
+from ..configuration_tokenflex import resolve_named_count
+from ..data.images import decode_image, fetch, is_address
+from ..data.videos import expand_videos
+from ..inference.counts import parse_num_vision_tokens
+from .answers import mask_answers
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -23,7 +24,8 @@ class Answer:
     Args:
         text (`str`): The answer.
         input_tokens (`int`):
-            Tokens of the prompt, vision tokens included; where the count chose itself, those of the pass that chooses too.
+            Tokens of the prompt, vision tokens included; where the count chose itself, those of the pass that chooses
+            too.
         vision_tokens (`int`): The vision tokens among them.
         output_tokens (`int`): Tokens of the answer, its end included.
     """
@@ -34,25 +36,6 @@ class Answer:
     output_tokens: int
 
 
-def parse_num_vision_tokens(value):
-    """
-    The count or grid that a command line or a JSON file says; what is neither is left for the processor to refuse.
-
-    Example:
-
-    ```python
-    >>> from tokenflex.evaluation.harness import parse_num_vision_tokens
-
-    >>> [parse_num_vision_tokens(value) for value in ("64", "8x12", [8, 12], 64)]
-    [64, (8, 12), (8, 12), 64]
-    ```
-    """
-    if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
-        value = [int(side) for side in value.split("x")]
-        return value[0] if len(value) == 1 else tuple(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
 class HarnessModel:
     """
     A checkpoint as harnesses ask it. Meant to stand before a harness's own base class among a class's bases.
@@ -61,10 +44,10 @@ class HarnessModel:
         pretrained (`str`):
             A checkpoint folder or Hub id.
         num_vision_tokens (`int`, `str` or `tuple[int, int]`, *optional*):
-            The vision-token count of every image, or the grid, as `(rows, columns)` or `"8x12"`; or `"low"`, `"high"`, or
-            `"auto"` for a count that each question chooses. Defaults to the checkpoint's.
+            The vision-token count of every image, or the grid, as `(rows, columns)` or `"8x12"`; or `"low"`, `"high"`,
+            or `"auto"` for a count that each question chooses. Defaults to the checkpoint's.
         device (`str`, *optional*):
-            Where the model runs; `"auto"` spreads it over all GPUs. Defaults to the GPU if there is one.
+            Device of the model; `"auto"` spreads it over all GPUs. Defaults to the GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`):
             The weights' dtype; `"auto"` is the checkpoint's.
         attn_implementation (`str`, *optional*):
@@ -93,8 +76,8 @@ class HarnessModel:
             raise ValueError(f"Unknown model argument `{name}`={value!r}.{meant} Known: {', '.join(known)}.")
         super().__init__()
         self.processor = AutoProcessor.from_pretrained(pretrained)
-        num_vision_tokens = parse_num_vision_tokens(num_vision_tokens)
-        if num_vision_tokens not in NAMED_COUNTS:
+        num_vision_tokens = _parse_count(num_vision_tokens)
+        if not isinstance(num_vision_tokens, str):
             self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained,
@@ -105,16 +88,13 @@ class HarnessModel:
         self.device = self.model.device
         if num_vision_tokens is None:
             # `generate` would follow it whatever the prompt is encoded at.
-            num_vision_tokens = parse_num_vision_tokens(
-                getattr(self.model.generation_config, "num_vision_tokens", None)
-            )
+            num_vision_tokens = _parse_count(getattr(self.model.generation_config, "num_vision_tokens", None))
         choices = self.model.config.vision_token_choices
-        if num_vision_tokens in ("low", "high"):
-            num_vision_tokens = min(choices) if num_vision_tokens == "low" else max(choices)
+        num_vision_tokens = resolve_named_count(num_vision_tokens, choices)
         if num_vision_tokens == "auto" and self.model.config.vision_token_chooser is None:
             raise ValueError(
-                f"`num_vision_tokens`='auto': {pretrained} has not learned to choose. Run `tokenflex calibrate` on it, or "
-                f"name a count such as {max(choices)}."
+                f"`num_vision_tokens`='auto': {pretrained} has not learned to choose. Run `tokenflex calibrate` on "
+                f"it, or name a count such as {max(choices)}."
             )
         self.num_vision_tokens = num_vision_tokens
 
@@ -135,41 +115,50 @@ class HarnessModel:
             ValueError: If a part is of another type, or its image cannot be read.
         """
         conversations = [[_read(message) for message in conversation] for conversation in conversations]
+        default = self.processor.num_vision_tokens
+        conversations, counts = zip(
+            *(expand_videos(messages, num_vision_tokens=default) for messages in conversations)
+        )
         count = {} if self.num_vision_tokens is None else {"num_vision_tokens": self.num_vision_tokens}
         smallest = min(self.model.config.vision_token_choices)
         is_auto = self.num_vision_tokens == "auto"
+        encoded_at = count.get("num_vision_tokens", sum(counts, []) or None)
         inputs = self.processor.apply_chat_template(
-            conversations,
+            list(conversations),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, **({"num_vision_tokens": smallest} if is_auto else count)},
+            processor_kwargs={"padding": True, "num_vision_tokens": smallest if is_auto else encoded_at},
         )
         output = self.model.generate(
             **inputs.to(self.device), **count, **{**GREEDY, **options, "return_dict_in_generate": True}
         )
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        config = self.model.generation_config
-        ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).reshape(-1).tolist()
-        pad_token_id = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
         prompt_tokens = inputs["attention_mask"].sum(-1)
         vision_tokens = (inputs["input_ids"] == self.processor.image_token_id).sum(-1)
         if is_auto and output.get("num_vision_tokens") is not None:
             answered_at = vision_tokens // smallest * output.num_vision_tokens.to(vision_tokens.device)
             prompt_tokens, vision_tokens = 2 * prompt_tokens - vision_tokens + answered_at, vision_tokens + answered_at
-        lengths = prompt_tokens, vision_tokens, mask_padding_of_answers(answers, pad_token_id, ends).sum(-1)
+        output_tokens = mask_answers(answers, self.model.generation_config.eos_token_id).sum(-1)
+        lengths = prompt_tokens, vision_tokens, output_tokens
         texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [Answer(text.strip(), *counts) for text, *counts in zip(texts, *(n.tolist() for n in lengths))]
 
 
+def _parse_count(value):
+    """One count or grid for all images; the list of a JSON file, which has no tuples, is a grid."""
+    return tuple(value) if isinstance(value, list) else parse_num_vision_tokens(value)
+
+
 def _read(message: dict) -> dict:
-    """The message with its local images decoded as in training; addresses are left for transformers to fetch."""
+    """The message with its images decoded as in training."""
     parts = []
     for part in message["content"]:
         if part["type"] not in ("text", "image", "video"):
             raise ValueError(f"A message has a part of type {part['type']!r}: TokenFLEX takes text, image and video.")
-        image = part.get("image")
-        is_address = isinstance(image, str) and re.match(r"https?://|data:", image)
-        parts.append(part if image is None or is_address else {**part, "image": decode_image(image)})
+        if part.get("image") is not None:
+            image = part["image"]
+            part = {**part, "image": decode_image(fetch(image) if is_address(image) else image)}
+        parts.append(part)
     return {**message, "content": parts}

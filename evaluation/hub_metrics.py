@@ -17,7 +17,7 @@ class _QuestionMetric(evaluate.Metric):
             description=inspect.getdoc(type(self)),
             citation=self.source,
             inputs_description="""
-            predictions (`list[str]`): What the model said.
+            predictions (`list[str]`): Answers of the model.
             references (`list[list[str]]` or `list[str]`): Each question's answers, or its one answer.""",
             features=[
                 Features({"predictions": text, "references": List(text)}),

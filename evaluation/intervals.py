@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals and paired tests, alike whatever the questions' order."""
+"""Uncertainty of scores: bootstrap intervals and paired tests, alike whatever the questions' order."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ class Interval(NamedTuple):
     """
     Args:
         mean (`float`): The mean of the scores.
-        low (`float`): Where its confidence interval begins.
-        high (`float`): Where it ends.
+        low (`float`): Lower end of its confidence interval.
+        high (`float`): Upper end.
     """
 
     mean: float
@@ -25,9 +25,9 @@ class PairedTest(NamedTuple):
     """
     Args:
         difference (`float`): The first mean less the second.
-        low (`float`): Where the difference's 95 % interval begins.
-        high (`float`): Where it ends.
-        p_value (`float`): How likely a difference at least as large, of either sign, would be if there were none.
+        low (`float`): Lower end of the difference's 95 % interval.
+        high (`float`): Upper end.
+        p_value (`float`): Probability of a difference at least as large, of either sign, if there were none.
     """
 
     difference: float
@@ -49,11 +49,11 @@ def bootstrap_interval(
 
     Args:
         scores (`Sequence[float]`): One per question.
-        confidence (`float`, *optional*, defaults to 0.95): How often such intervals hold the true mean.
-        resamples (`int`, *optional*, defaults to 2000): How many times to draw.
-        seed (`int`, *optional*, defaults to 0): What the draws depend on, besides the scores.
+        confidence (`float`, *optional*, defaults to 0.95): Share of such intervals that hold the true mean.
+        resamples (`int`, *optional*, defaults to 2000): Number of draws.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
         groups (`Sequence`, *optional*):
-            What each question belongs to, such as its image. Whole groups are drawn then, for questions on one image
+            Group of each question, such as its image. Whole groups are drawn then, for questions on one image
             go right or wrong together (cluster bootstrap).
 
     Returns:
@@ -87,10 +87,10 @@ def mean_over_families(
         scores (`Sequence[float]`): One per question.
         families (`Sequence`): The kind of each question.
         confidence (`float`, *optional*, defaults to 0.95): As for [`bootstrap_interval`].
-        resamples (`int`, *optional*, defaults to 2000): How many times to draw.
-        seed (`int`, *optional*, defaults to 0): What the draws depend on, besides the scores.
+        resamples (`int`, *optional*, defaults to 2000): Number of draws.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
         groups (`Sequence`, *optional*):
-            What each question belongs to, such as its image. Whole groups are drawn then, over all families; a draw
+            Group of each question, such as its image. Whole groups are drawn then, over all families; a draw
             without any question of a family leaves that family out. Without groups each family keeps its size.
 
     Returns:
@@ -130,17 +130,17 @@ def paired_test(
     seed: int = 0,
 ) -> PairedTest:
     """
-    Whether two models, or two counts of one model, score differently on the same questions: a two-sided permutation
-    test that swaps the two scores of a question at random. The observed scores count as one of the permutations, so
-    that the p-value is never 0 (Phipson and Smyth, arXiv 1603.05766).
+    Tests whether two models, or two counts of one model, score differently on the same questions: a two-sided
+    permutation test that swaps the two scores of a question at random. The observed scores count as one of the
+    permutations, so that the p-value is never 0 (Phipson and Smyth, arXiv 1603.05766).
 
     Args:
         first (`Sequence[float]`): One score per question.
         second (`Sequence[float]`): Scores of the same questions in the same order.
         groups (`Sequence`, *optional*):
-            What each question belongs to, such as its image. The questions of a group are swapped together then.
-        permutations (`int`, *optional*, defaults to 10000): How many times to swap.
-        seed (`int`, *optional*, defaults to 0): What the draws depend on, besides the scores.
+            Group of each question, such as its image. The questions of a group are swapped together then.
+        permutations (`int`, *optional*, defaults to 10000): Number of swaps.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
     Returns:
         `PairedTest`: The difference, the ends of its 95 % interval as of [`bootstrap_interval`], and the p-value.
@@ -190,10 +190,10 @@ def mean_over_seeds(
     Args:
         scores (`Sequence[Sequence[float]]`): One list per run, all of the same questions in the same order.
         families (`Sequence`): The kind of each question.
-        groups (`Sequence`): What each question belongs to, such as its image; whole groups are drawn.
+        groups (`Sequence`): Group of each question, such as its image; whole groups are drawn.
         confidence (`float`, *optional*, defaults to 0.95): As for [`bootstrap_interval`].
-        resamples (`int`, *optional*, defaults to 1000): How many times to draw.
-        seed (`int`, *optional*, defaults to 0): What the draws depend on, besides the scores.
+        resamples (`int`, *optional*, defaults to 1000): Number of draws.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
     Returns:
         `Interval`: The mean, the lower and the upper end. One run has the interval of its images alone.

@@ -35,8 +35,8 @@ def read_generation_kwargs(gen_kwargs: dict) -> tuple[dict, list[str]]:
     """
     A task's generation kwargs as options of `generate`, and the strings that end an answer.
 
-    A temperature above 0 means sampling unless `do_sample` says otherwise. A blank line ends no answer: lmms-eval fills
-    it in for every task that names no end, for the sake of few-shot prompts, and it would cut reasoning short.
+    A temperature above 0 means sampling unless `do_sample` says otherwise. A blank line ends no answer: lmms-eval
+    fills it in for every task that names no end, for the sake of few-shot prompts, and it would cut reasoning short.
 
     Example:
 
@@ -72,8 +72,8 @@ def cut(text: str, until: list[str]) -> str:
 
 class ChatModel(HarnessModel):
     """
-    TokenFLEX as lmms-eval's chat models are asked; `TokenFlexChat` is this class with `lmms_eval.api.model.lmms` as its
-    base.
+    TokenFLEX as lmms-eval's chat models are asked; `TokenFlexChat` is this class with `lmms_eval.api.model.lmms` as
+    its base.
 
     Args:
         pretrained (`str`):
@@ -84,7 +84,7 @@ class ChatModel(HarnessModel):
         batch_size (`int` or `str`, *optional*, defaults to 1):
             Requests answered at a time.
         device (`str`, *optional*):
-            Where the model runs; `auto` spreads it over all GPUs. Under `accelerate launch` each process has its own.
+            Device of the model; `auto` spreads it over all GPUs. Under `accelerate launch` each process has its own.
         max_batch_size:
             Passed by lmms-eval, not used.
         options:
@@ -113,8 +113,8 @@ class ChatModel(HarnessModel):
 
     def loglikelihood(self, requests: list) -> list:
         raise NotImplementedError(
-            f"{len(requests)} requests ask for log-likelihoods, but TokenFLEX answers by generation only: choose tasks of "
-            "output type `generate_until`, as for lmms-eval's other chat models."
+            f"{len(requests)} requests ask for log-likelihoods, but TokenFLEX answers by generation only: choose "
+            "tasks of output type `generate_until`, as for lmms-eval's other chat models."
         )
 
     def generate_until(self, requests: list) -> list:
@@ -147,8 +147,8 @@ class ChatModel(HarnessModel):
 
     def generate_until_multi_round(self, requests: list) -> list[list[str]]:
         """
-        Answers requests whose task writes each round's messages from the answers before, until it says that one was the
-        last.
+        Answers requests whose task writes each round's messages from the answers before, until it says that one was
+        the last.
 
         Args:
             requests (`list[Instance]`): As in `generate_until`.

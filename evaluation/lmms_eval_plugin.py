@@ -1,4 +1,4 @@
-"""What the entry point `lmms_eval.models` names, so that `lmms-eval --model tokenflex` works where both are installed."""
+"""Target of the entry point `lmms_eval.models`, for `lmms-eval --model tokenflex` where both are installed."""
 
 
 def manifests():

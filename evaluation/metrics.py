@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     """
-    Whether a prediction is one of the answers but for case, surrounding space and a final full stop.
+    Checks that a prediction is one of the answers but for case, surrounding space and a final period.
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         answers (`str` or `Sequence[str]`): One answer, or several of which any is right.
 
     Returns:
@@ -30,10 +30,10 @@ def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     ```
     """
     answers = _listed(prediction, answers)
-    return float(normalise(prediction) in map(normalise, answers))
+    return float(normalize(prediction) in map(normalize, answers))
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """
     An answer without what [`exact_match`] ignores.
 
@@ -73,7 +73,7 @@ wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you'
 _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
-def _normalise_vqa(answer: str) -> str:
+def _normalize_vqa(answer: str) -> str:
     answer = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
     answer = re.sub(r"\.(?!\d)", "", _PUNCTUATION.sub(" ", answer))
     words = [_DIGITS.get(word, word) for word in answer.split()]
@@ -83,16 +83,16 @@ def _normalise_vqa(answer: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """
     The accuracy of VQA v2: a third for each person who gave that answer, at most 1, averaged over all ways to leave
-    one person out. Both sides are first put in lower case, without articles, full stops that are no decimal point and
+    one person out. Both sides are first put in lower case, without articles, periods that are no decimal point and
     punctuation, number words as digits, contractions with their apostrophe
     (https://visualqa.org/evaluation.html; the marks that count as punctuation, and "none" as 0, are those of the
     official script, https://github.com/GT-Vision-Lab/VQA). As on that page and unlike in that script, answers on which
     everyone agrees are put in that form too.
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         answers (`Sequence[str]`):
-            What each person said, repeated answers included: ten in VQA v2, at least two. Of fewer than four, even
+            Answer of each person, repeated ones included: ten in VQA v2, at least two. Of fewer than four, even
             the answer of all reaches no more than a third for each person left.
 
     Returns:
@@ -113,7 +113,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
             f"`answers`={answers!r}: VQA accuracy leaves one person's answer out, so at least two; "
             "`exact_match` takes one."
         )
-    same = [_normalise_vqa(answer) for answer in answers].count(_normalise_vqa(prediction))
+    same = [_normalize_vqa(answer) for answer in answers].count(_normalize_vqa(prediction))
     others = len(answers) - same
     # In thirds, so that the sum is exact.
     return (same * min(same - 1, 3) + others * min(same, 3)) / (3 * len(answers))
@@ -121,12 +121,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def anls(prediction: str, answers: Sequence[str] | str) -> float:
     """
-    Normalised Levenshtein similarity to the nearest answer, 0 if below one half (arXiv 1905.13648; DocVQA, arXiv
+    Normalized Levenshtein similarity to the nearest answer, 0 if below one half (arXiv 1905.13648; DocVQA, arXiv
     2007.00398). Case and amount of space do not count. Its mean over questions is ANLS. A similarity of exactly
     one half counts, as in DocVQA's official script (https://rrc.cvc.uab.es/?ch=17) and unlike in the paper.
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         answers (`str` or `Sequence[str]`): One answer, or several of which the nearest counts.
 
     Returns:
@@ -184,13 +184,13 @@ def edit_distance(first: str, second: str) -> int:
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str] | str) -> float:
     """
-    Whether a prediction is one of the answers, for numbers within 5 % of it (ChartQA, arXiv 2203.10244, section 5.1).
-    "12%" is read as 0.12 and what Python's `float` does not take, such as "1,000", as text; text must be the same but
-    for case and surrounding space. So does Pix2Struct's script, which other harnesses use
+    Checks that a prediction is one of the answers, for numbers within 5 % of it (ChartQA, arXiv 2203.10244, section
+    5.1). "12%" is read as 0.12 and what Python's `float` does not take, such as "1,000", as text; text must be the
+    same but for case and surrounding space. So does Pix2Struct's script, which other harnesses use
     (https://github.com/google-research/pix2struct); unlike there, "0.0" is right where "0" is.
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         answers (`str` or `Sequence[str]`): One answer, or several of which any is right.
 
     Returns:
@@ -243,7 +243,7 @@ def extract_choice(prediction: str, options: Sequence[str] | None = None) -> str
     A reply that points to no option, or to several, chooses none. Negations are not understood.
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         options (`Sequence[str]`, *optional*):
             The options' texts, from A on. Letters beyond them point to nothing. Without them any letter is an option.
 
@@ -264,13 +264,13 @@ def extract_choice(prediction: str, options: Sequence[str] | None = None) -> str
     ```
     """
     letters = _letters(options)
-    texts = [normalise(option) for option in options or []]
+    texts = [normalize(option) for option in options or []]
     stated = _LEAD.split(prediction)[1:]
     found = {letter for pair in _MARKED.findall(prediction) for letter in pair}
     for reply in (prediction, *stated):
         if alone := _ALONE.fullmatch(reply):
             found.add(alone[1])
-        found.update(letter for letter, text in zip(letters, texts) if text == normalise(reply))
+        found.update(letter for letter, text in zip(letters, texts) if text == normalize(reply))
     for reply in stated:
         if listed := _LISTED.match(reply):
             found.update(re.findall(r"\b[A-Z]\b", listed[0]))
@@ -288,10 +288,10 @@ def _letters(options: Sequence[str] | None) -> str:
 
 def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequence[str] | None = None) -> float:
     """
-    Whether a reply chooses the right option, by the rules of [`extract_choice`].
+    Checks that a reply chooses the right option, by the rules of [`extract_choice`].
 
     Args:
-        prediction (`str`): What the model said.
+        prediction (`str`): Answer of the model.
         answers (`str` or `Sequence[str]`):
             The right option's letter, or its text if `options` are given. Of several any is right.
         options (`Sequence[str]`, *optional*): The options' texts, from A on.
@@ -311,11 +311,11 @@ def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequ
     ```
     """
     letters = _letters(options)
-    texts = {normalise(option): letter for letter, option in zip(letters, options or [])}
+    texts = {normalize(option): letter for letter, option in zip(letters, options or [])}
     right = set()
     for answer in _listed(prediction, answers):
         letter = answer.strip().upper()
-        letter = letter if letter and letter in set(letters) else texts.get(normalise(answer))
+        letter = letter if letter and letter in set(letters) else texts.get(normalize(answer))
         if letter is None:
             known = "" if options is None else f" or one of the options {list(options)}"
             raise ValueError(f"`answers`={answers!r}: a letter from A to {letters[-1]}{known}, not {answer!r}.")

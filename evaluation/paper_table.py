@@ -38,7 +38,7 @@ class Benchmark:
         columns (`tuple[str, ...]`): The columns with the score.
         task (`str`, *optional*): lmms-eval's task, if it has the benchmark.
         metrics (`tuple[str, ...]`): The task's metrics with the score.
-        scales (`tuple[int, int]`): What turns VLMEvalKit's and lmms-eval's score into percent.
+        scales (`tuple[int, int]`): Factors that turn VLMEvalKit's and lmms-eval's scores into percent.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Scores:
     Args:
         percent (`dict`): The score of each (harness, count, benchmark).
         sources (`dict`): The file that each came from.
-        notes (`list[str]`): What was found and not used, and why.
+        notes (`list[str]`): Finds that were not used, with the reasons.
     """
 
     percent: dict[tuple[str, str, str], float] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def read_scores(paths: Iterable[str | Path]) -> Scores:
             like of VLMEvalKit.
 
     Returns:
-        `Scores`: What they say.
+        `Scores`: The scores in them.
 
     Raises:
         ValueError: If a path does not exist, none holds results, or a results file cannot be read.
@@ -192,7 +192,7 @@ def markdown_table(scores: Scores) -> str:
     Missing scores stay empty and are listed; a mean is given over all eight benchmarks only.
 
     Args:
-        scores (`Scores`): What [`read_scores`] returns.
+        scores (`Scores`): Scores from [`read_scores`].
     """
     names = [benchmark.name for benchmark in BENCHMARKS]
     harnesses = sorted({harness for harness, _, _ in scores.percent})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import Subset
 
+from ..inference.counts import parse_num_vision_tokens
 from .sweep import Prediction, answer_questions, encode_questions
 
 
@@ -16,7 +17,7 @@ def read_partial(path: str | Path, run: dict) -> list[Prediction]:
 
     Args:
         path (`str` or `Path`): The file, which need not be there.
-        run (`dict`): What the evaluation is of; JSON values.
+        run (`dict`): Description of the evaluation; JSON values.
 
     Returns:
         `list[Prediction]`: Of whole batches; what was being written when it stopped is left out.
@@ -39,7 +40,9 @@ def read_partial(path: str | Path, run: dict) -> list[Prediction]:
         )
     predictions = [Prediction(**values) for line in whole[1:] for values in json.loads(line)]
     for prediction in predictions:
-        prediction.predictions = {_count(name): answer for name, answer in prediction.predictions.items()}
+        prediction.predictions = {
+            parse_num_vision_tokens(name): answer for name, answer in prediction.predictions.items()
+        }
     return predictions
 
 
@@ -60,9 +63,9 @@ def predict_on_and_on(
 
     Args:
         path (`str` or `Path`): The file; delete it when the answers are no longer needed.
-        run (`dict`): What the evaluation is of; answers of another are refused.
+        run (`dict`): Description of the evaluation; answers of another are refused.
         model, processor, dataset, counts, batch_size, max_new_tokens, show_progress: As for [`predict`].
-        indices (`Sequence[int]`, *optional*): Which rows to answer, rising. Defaults to all.
+        indices (`Sequence[int]`, *optional*): Rows to answer, rising. Defaults to all.
     """
     path = Path(path)
     results = read_partial(path, run)
@@ -94,7 +97,3 @@ def _cut_torn_line(file) -> None:
     end = text.rfind("\n") + 1
     file.seek(len(text[:end].encode()))
     file.truncate()
-
-
-def _count(name: str) -> int | str:
-    return int(name) if name.isdecimal() else name

@@ -55,8 +55,8 @@ def markdown_table(report: Mapping) -> str:
         lines += [""] if lines[-1].startswith("|") else []
         bounds = f"{100 * test['low']:+.1f} to {100 * test['high']:+.1f}"
         lines.append(
-            f"- {count} against the largest count, over all questions: {100 * test['difference']:+.1f} points ({bounds}), "
-            f"p = {test['p_value']:.2g}"
+            f"- {count} against the largest count, over all questions: {100 * test['difference']:+.1f} points "
+            f"({bounds}), p = {test['p_value']:.2g}"
         )
     return "\n".join(lines) + "\n"
 
@@ -116,7 +116,7 @@ def save_report(folder: str | Path, report: dict, predictions: Sequence, title: 
     Writes `results.json`, `results.md`, `results.png` and, if there are any, `predictions.jsonl`.
 
     Args:
-        folder (`str` or `Path`): Where the files go.
+        folder (`str` or `Path`): Folder for the files.
         report (`dict`): As for [`markdown_table`].
         predictions (`Sequence[Prediction]`): Every answer.
         title (`str`): The plot's title.

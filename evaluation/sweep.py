@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.examples import Example, to_example
-from ..training.collator import place_images
-from .metrics import get_metric, normalise
+from ..placeholders_tokenflex import place_images
+from .metrics import get_metric, normalize
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Prediction:
 
     def rate(self, rate: Callable[..., float], count: int | str) -> float:
         """
-        What a metric gives the answer at a count.
+        Scores the answer at a count.
 
         Args:
             rate (`Callable`): A metric, as [`get_metric`] returns it.
@@ -67,7 +67,8 @@ def encode_questions(
     model, processor, dataset, batch_size: int = 64, show_progress: bool = True
 ) -> Iterator[tuple[list[Prediction], dict]]:
     """
-    The last question of every dialog, in batches ready for `generate` at any count. The vision tower runs once per image.
+    The last question of every dialog, in batches ready for `generate` at any count. The vision tower runs once per
+    image.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -77,7 +78,7 @@ def encode_questions(
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
 
     Yields:
-        `tuple[list[Prediction], dict]`: What to answer, with no answers yet, and the inputs.
+        `tuple[list[Prediction], dict]`: Questions to answer, with no answers yet, and the inputs.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
@@ -106,13 +107,13 @@ def encode_questions(
             tiles = processed.get("num_tiles", torch.ones(len(images), dtype=torch.long))
             of_image = torch.arange(int(tiles.sum())).split(tiles.tolist())
             rows = torch.cat([of_image[image] for image in used])
-            asked = {name: processed[name][rows] for name in ("pixel_values", "image_sizes") if name in processed}
+            features.last_hidden_state = features.last_hidden_state[rows]
+            asked = {"mm_encoder_outputs": {"image": features}}
+            if "image_sizes" in processed:
+                asked["image_sizes"] = processed["image_sizes"][rows]
             if "num_tiles" in processed:
                 asked["num_tiles"] = tiles[used]
             inputs = place_images(inputs, asked, processor)
-            features.last_hidden_state = features.last_hidden_state[rows]
-            del inputs["pixel_values"]
-            inputs["mm_encoder_outputs"] = {"image": features}
         yield targets, inputs
         progress.update(len(batch))
     progress.close()
@@ -163,7 +164,7 @@ def answer_questions(
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
         processor ([`TokenFlexProcessor`]): Its processor.
-        targets (`Sequence[Prediction]`): What to answer, which is changed in place.
+        targets (`Sequence[Prediction]`): Questions to answer; changed in place.
         inputs (`dict`): The questions as the model takes them.
         counts (`Sequence[int | str]`): The vision-token counts.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
@@ -184,7 +185,7 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
     Accuracy per count and family.
 
     Args:
-        predictions (`Sequence[Prediction]`): What [`predict`] returns.
+        predictions (`Sequence[Prediction]`): Answers from [`predict`].
         counts (`Sequence[int | str]`): The counts to score.
         metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
 
@@ -219,6 +220,6 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
 
 
 def _rate_of_commonest(predictions: Sequence[Prediction], rate: Callable[..., float]) -> float:
-    """What always giving the commonest answer would score."""
-    ((commonest, _),) = Counter(normalise(p.answer) for p in predictions).most_common(1)
+    """The score of always giving the commonest answer."""
+    ((commonest, _),) = Counter(normalize(p.answer) for p in predictions).most_common(1)
     return sum(rate(commonest, p.references or p.answer) for p in predictions) / len(predictions)

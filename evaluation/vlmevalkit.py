@@ -17,7 +17,8 @@ from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
 
-from .harness import HarnessModel, parse_num_vision_tokens
+from ..inference.counts import parse_num_vision_tokens
+from .harness import HarnessModel
 
 
 class VisionLanguageModel(HarnessModel):
@@ -95,7 +96,7 @@ def __getattr__(name: str):
 
 def model_name(num_vision_tokens: int | tuple[int, int] | None) -> str:
     """
-    What VLMEvalKit calls the model at a count, in its arguments and its files.
+    Name of the model at a count, in VLMEvalKit's arguments and files.
 
     Example:
 
@@ -142,8 +143,8 @@ def find_run_py() -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"No run.py in {package} nor beside it: install VLMEvalKit from its clone with `pip install -e`, or name the file "
-        "with --run_py."
+        f"No run.py in {package} nor beside it: install VLMEvalKit from its clone with `pip install -e`, or name the "
+        "file with --run_py."
     )
 
 
@@ -156,7 +157,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretrained", help="Checkpoint folder or Hub id.")
     parser.add_argument(
         "--num_vision_tokens",
-        type=parse_num_vision_tokens,
         nargs="+",
         default=[None],
         help="Counts such as 64, grids such as 8x12, or low, high, auto. Default: the checkpoint's.",
@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(argument.split("=")[0] == "--model" for argument in theirs):
         parser.error("leave out VLMEvalKit's --model: it is filled in with the counts' names")
     try:
+        counts = [parse_num_vision_tokens(count) for count in args.num_vision_tokens]
         run_py = args.run_py or find_run_py()
     except ValueError as error:
         parser.error(str(error))
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     vlmeval.vlm.TokenFlexVLM = _model_class()
     if args.pretrained is not None:
         options = {"max_new_tokens": args.max_new_tokens, "attn_implementation": args.attn_implementation}
-        theirs = [*theirs, "--model", *register(args.pretrained, args.num_vision_tokens, **options)]
+        theirs = [*theirs, "--model", *register(args.pretrained, counts, **options)]
     sys.argv = [str(run_py), *theirs]
     runpy.run_path(str(run_py), run_name="__main__")
 

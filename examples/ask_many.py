@@ -1,5 +1,6 @@
 """
-Encodes an image once and asks many questions about it at several vision-token counts: the vision tower runs a single time.
+Encodes an image once and asks many questions about it at several vision-token counts: the vision tower runs a single
+time.
 
     python examples/ask_many.py --model outputs/demo/checkpoint --image outputs/demo/question.png \
         --questions "which color is the paper?" "what shape is it?" --counts 4 16 36
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401 - registers the Auto classes
-from tokenflex.data.examples import decode_image
+from tokenflex.data.images import decode_image
 
 
 def parse_args() -> argparse.Namespace:

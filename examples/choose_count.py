@@ -1,5 +1,6 @@
 """
-Scores a checkpoint at several vision-token counts and names the cheapest that is as good as the best, within a tolerance.
+Scores a checkpoint at several vision-token counts and names the cheapest that is as good as the best, within a
+tolerance.
 
     python examples/choose_count.py --model outputs/demo/checkpoint --dataset validation.parquet --tolerance 0.01
 
@@ -10,6 +11,7 @@ import argparse
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
 from tokenflex.evaluation import evaluate
 from tokenflex.evaluation.report import markdown_table
@@ -42,14 +44,14 @@ def main() -> None:
     args = parse_args()
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto")
-    rows = load_rows(args.dataset, special_tokens=processor.tokenizer.all_special_tokens)
+    rows = load_rows(DataArguments([args.dataset]), special_tokens=processor.tokenizer.all_special_tokens)
     report, _ = evaluate(model, processor, rows, args.counts, args.batch_size, metric=args.metric)
     print(markdown_table(report))
     count = cheapest(report, args.tolerance)
     best = max(report["mean"], key=report["mean"].get)
     print(
-        f"Use num_vision_tokens={count!r}: {report['mean'][count]:.1%} at {report['vision_tokens'][count]:.1f} tokens read "
-        f"per image; the best, {best}, has {report['mean'][best]:.1%} at {report['vision_tokens'][best]:.1f}."
+        f"Use num_vision_tokens={count!r}: {report['mean'][count]:.1%} at {report['vision_tokens'][count]:.1f} tokens "
+        f"read per image; the best, {best}, has {report['mean'][best]:.1%} at {report['vision_tokens'][best]:.1f}."
     )
 
 

@@ -1,9 +1,11 @@
 """
-LoRA fine-tuning through the plain Trainer, with the vision-token count drawn anew for each step, and one merged checkpoint.
+LoRA fine-tuning through the plain Trainer, with the vision-token count drawn anew for each step, and one merged
+checkpoint.
 
     python examples/finetune_lora.py --model outputs/demo/checkpoint --dataset train.parquet --output_dir outputs/lora
 
-`train.parquet` (or a JSONL file) holds rows of `image`, `question` and `answer`. Needs `pip install "tokenflex[lora]"`.
+`train.parquet` (or a JSONL file) holds rows of `image`, `question` and `answer`. Needs `pip install
+"tokenflex[lora]"`.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.lora import add_adapters, lora_config, merge_adapters
@@ -53,7 +56,7 @@ def main() -> None:
         ),
         data_collator=collator,
         callbacks=[collator.callback],  # draws each step's count
-        train_dataset=load_rows(args.dataset, special_tokens=processor.tokenizer.all_special_tokens),
+        train_dataset=load_rows(DataArguments([args.dataset]), special_tokens=processor.tokenizer.all_special_tokens),
     )
     trainer.train()
     trainer.save_model(str(output_dir / "adapter"))

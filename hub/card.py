@@ -25,8 +25,8 @@ class Evaluation:
     One evaluation of a checkpoint, as `tokenflex eval` or `tokenflex quickstart` wrote it.
 
     Args:
-        folder (`Path`): Where its `results.json` and `results.png` lie.
-        report (`dict`): What `results.json` holds.
+        folder (`Path`): Folder of its `results.json` and `results.png`.
+        report (`dict`): The content of `results.json`.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Evaluation:
 
     @property
     def slug(self) -> str:
-        """What to call it in file names and metadata."""
+        """Its name in file names and metadata."""
         return slugify(f"{self.title} {self.metric}")
 
     @property
@@ -70,7 +70,7 @@ class Evaluation:
         return f"evaluation/{self.slug}/results.png" if (self.folder / "results.png").is_file() else None
 
     def files(self) -> dict[str, Path]:
-        """What is published of it, by the path in the repository."""
+        """Its published files, by the path in the repository."""
         files = {self.file: self.folder / "results.json"}
         return files | ({self.plot: self.folder / "results.png"} if self.plot else {})
 
@@ -124,7 +124,7 @@ def build_card(
     checkpoint: str | Path,
     repo_id: str,
     evaluations: Sequence[Evaluation] = (),
-    licence: str | None = None,
+    license: str | None = None,
     languages: Sequence[str] = ("en",),
     datasets: Sequence[str] = (),
     base_models: Sequence[str] = (),
@@ -132,19 +132,19 @@ def build_card(
     question: str = "What does the picture show?",
 ) -> ModelCard:
     """
-    A checkpoint's model card. Every figure in it comes from a file: scores and costs from the evaluations, the way it was
-    made from its provenance.
+    A checkpoint's model card. Every figure in it comes from a file: scores and costs from the evaluations, the way it
+    was made from its provenance.
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
-        repo_id (`str`): Where it is going to be, for the code in the card.
+        repo_id (`str`): Repository that it is going to, for the code in the card.
         evaluations (`Sequence[Evaluation]`, *optional*): As [`read_evaluation`] returns them.
-        licence (`str`, *optional*): The checkpoint's, as the Hub abbreviates it, such as `"apache-2.0"`.
-        languages (`Sequence[str]`, *optional*, defaults to `("en",)`): What it understands.
+        license (`str`, *optional*): The checkpoint's, as the Hub abbreviates it, such as `"apache-2.0"`.
+        languages (`Sequence[str]`, *optional*, defaults to `("en",)`): Languages that it understands.
         datasets (`Sequence[str]`, *optional*): Hub ids of training data, beside those that the provenance names.
         base_models (`Sequence[str]`, *optional*): Hub ids of what it was built from, beside those of the provenance.
         tags (`Sequence[str]`, *optional*): Further tags.
-        question (`str`, *optional*): What the card's example asks.
+        question (`str`, *optional*): Question of the card's example.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card, with `model-index` in its metadata.
@@ -159,7 +159,7 @@ def build_card(
         pipeline_tag="image-text-to-text",
         tags=list(dict.fromkeys(["tokenflex", "vision-language-model", *tags])),
         language=list(languages),
-        license=licence,
+        license=license,
         base_model=[name for name in bases if is_hub_id(name)] or None,
         datasets=list(dict.fromkeys([*used, *datasets])) or None,
         metrics=sorted({evaluation.metric for evaluation in evaluations}) or None,
@@ -184,8 +184,8 @@ def build_card(
         ),
         counts=choices,
         question=question,
-        licence=licence,
-        base_models=[(name, is_hub_id(name), _licence(name)) for name in bases],
+        license=license,
+        base_models=[(name, is_hub_id(name), _license(name)) for name in bases],
         untrained=sorted({int(n) for e in evaluations for n in e.scores if n != "auto"} - set(choices)),
         stages=provenance["stages"],
         image_processors=sorted(
@@ -249,8 +249,8 @@ def eval_results_yaml(evaluation: Evaluation, task_id: str) -> dict[str, str]:
     """
     if evaluation.hub_dataset is None:
         raise ValueError(
-            f"`eval_task_id`={task_id!r}: {evaluation.title} is not one data set of the Hub, and no benchmark there. Leave it "
-            "out, or evaluate on the benchmark's id."
+            f"`eval_task_id`={task_id!r}: {evaluation.title} is not one data set of the Hub, and no benchmark there. "
+            "Leave it out, or evaluate on the benchmark's id."
         )
     files = {}
     for count, score in evaluation.scores.items():
@@ -261,8 +261,8 @@ def eval_results_yaml(evaluation: Evaluation, task_id: str) -> dict[str, str]:
     return files
 
 
-def _licence(model_id: str) -> str | None:
-    """What the model's own card says, if it can be read."""
+def _license(model_id: str) -> str | None:
+    """The license that the model's own card names, if it can be read."""
     if not is_hub_id(model_id):
         return None
     try:

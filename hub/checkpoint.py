@@ -9,14 +9,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "generation_config.json", "modeling_tokenflex.py")
-# What a training run leaves beside a checkpoint is not part of it.
+# Other files that a training run leaves beside a checkpoint are not part of it.
 PUBLISHED = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "NOTICE*")
 LEFT_OUT = ("trainer_state.json", "arguments.json", "finished.json")
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """
-    What of a checkpoint is published: weights as safetensors, code, configs, tokenizer, provenance.
+    Lists the files of a checkpoint that are published: weights as safetensors, code, configs, tokenizer, provenance.
 
     Args:
         folder (`str` or `Path`): The checkpoint.
@@ -30,7 +30,8 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
-            f"`model_name_or_path`={str(folder)!r}: no such folder. Give a checkpoint's, such as outputs/demo/checkpoint."
+            f"`model_name_or_path`={str(folder)!r}: no such folder. Give a checkpoint's, such as "
+            "outputs/demo/checkpoint."
         )
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     missing += [] if weight_files(folder) else [SAFE_WEIGHTS_NAME]

@@ -25,7 +25,7 @@ def collect_files(
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
-        repo_id (`str`): Where it goes.
+        repo_id (`str`): Repository to publish it to.
         evaluations (`Sequence[str | Path]`, *optional*): Folders that `tokenflex eval` wrote.
         eval_task_id (`str`, *optional*):
             If the evaluations are of a benchmark on the Hub, its task in the benchmark's `eval.yaml`: results are then
@@ -62,14 +62,15 @@ def push_checkpoint(
     **options,
 ) -> str:
     """
-    Publishes a checkpoint. The commit is one: either all of it is there afterwards or nothing is changed. Weights, adapters
-    and evaluations of an earlier push that are not part of this one are removed, and the model card is replaced.
+    Publishes a checkpoint. The commit is one: either all of it is there afterwards or nothing is changed. Weights,
+    adapters and evaluations of an earlier push that are not part of this one are removed, and the model card is
+    replaced.
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
         repo_id (`str`): Such as `"user/name"`; without a user it is the account's own. It is made if it is not there.
         evaluations (`Sequence[str | Path]`, *optional*): Folders that `tokenflex eval` wrote.
-        private (`bool`, *optional*): Whether a new repository is private. Defaults to the account's setting.
+        private (`bool`, *optional*): Whether to make a new repository private. Defaults to the account's setting.
         revision (`str`, *optional*): The branch. Defaults to `"main"`.
         commit_message (`str`, *optional*): The commit's.
         token (`str`, *optional*): Defaults to that of the login, or `HF_TOKEN`.
@@ -79,7 +80,8 @@ def push_checkpoint(
         `str`: The commit's URL.
 
     Raises:
-        ValueError: If nobody is logged in, the account may not write there, the checkpoint is not whole, the card's metadata
+        ValueError:
+            If nobody is logged in, the account may not write there, the checkpoint is not whole, the card's metadata
             are not the Hub's, or somebody else has committed meanwhile.
         ConnectionError: If the Hub cannot be reached, or the upload broke off. The message says what is on the Hub.
     """
@@ -118,7 +120,7 @@ def push_checkpoint(
     return commit.commit_url
 
 
-# What a model is loaded from, wherever it came from: left over, it would be taken for part of this one.
+# Files that a model is loaded from, whoever saved them: left over, they would be taken for part of this one.
 LOADED = r"(model|pytorch_model|adapter_model)[\w-]*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
 
 
@@ -141,12 +143,13 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> Exception:
         )
     if status in (403, 404) or isinstance(error, RepositoryNotFoundError):
         return ValueError(
-            f"`repo_id`={repo_id!r}: this account may not write there. Take one of your own namespaces (`hf auth whoami` "
-            "names them), or a token with write access."
+            f"`repo_id`={repo_id!r}: this account may not write there. Take one of your own namespaces (`hf auth "
+            "whoami` names them), or a token with write access."
         )
     if status == 412:
         return ValueError(
-            f"Nothing was published: somebody has committed to {repo_id} meanwhile. Look at it, then give the command again."
+            f"Nothing was published: somebody has committed to {repo_id} meanwhile. Look at it, then give the command "
+            "again."
         )
     if status == 400:
         return ValueError(f"`repo_id`={repo_id!r}: {error.server_message or error}")
@@ -172,8 +175,8 @@ def write_folder(folder: str | Path, files: dict[str, bytes | Path]) -> None:
     Writes what would be published.
 
     Args:
-        folder (`str` or `Path`): Where it goes; a folder there is replaced.
-        files (`dict[str, bytes | Path]`): What [`collect_files`] returns.
+        folder (`str` or `Path`): Folder for them; one that is there is replaced.
+        files (`dict[str, bytes | Path]`): Files from [`collect_files`].
     """
     with replace_directory(folder) as new:
         for name, content in files.items():
@@ -183,7 +186,7 @@ def write_folder(folder: str | Path, files: dict[str, bytes | Path]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="tokenflex push", description="Publish a checkpoint on the Hub, with its model card.")
     parser.add_argument("--model_name_or_path", required=True, help="The checkpoint's folder.")
-    parser.add_argument("--repo_id", required=True, help="Where it goes, such as user/name.")
+    parser.add_argument("--repo_id", required=True, help="Name of the repository, such as user/name.")
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--evaluation", nargs="+", help="Folders that `tokenflex eval` wrote, for scores and costs.")
     scores.add_argument("--without_evaluation", action="store_true", help="Publish without scores.")
@@ -191,19 +194,19 @@ def main(argv: list[str] | None = None) -> None:
         "--eval_task_id",
         help="If the evaluations are of a benchmark on the Hub, its task there: results go to .eval_results as well.",
     )
-    parser.add_argument("--license", dest="licence", help="The checkpoint's licence, such as apache-2.0.")
-    parser.add_argument("--language", nargs="+", default=["en"], help="What it understands. Default: %(default)s.")
-    parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of training data.")
+    parser.add_argument("--license", help="The checkpoint's license, such as apache-2.0.")
+    parser.add_argument("--language", nargs="+", default=["en"], help="Its languages. Default: %(default)s.")
+    parser.add_argument("--dataset", dest="datasets", nargs="+", default=[], help="Hub ids of training data.")
     parser.add_argument("--base_model", nargs="+", default=[], help="Hub ids of what it was built from.")
     parser.add_argument("--tags", nargs="+", default=[], help="Further tags.")
-    parser.add_argument("--question", default="What does the picture show?", help="What the card's example asks.")
+    parser.add_argument("--question", default="What does the picture show?", help="Question of the card's example.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--revision", help="The branch. Default: main.")
     parser.add_argument("--commit_message", default="Publish the checkpoint", help="Default: %(default)r.")
     parser.add_argument("--output_dir", help="Write what would be published to this folder instead of publishing it.")
     args = parser.parse_args(argv)
     card = {
-        "licence": args.licence,
+        "license": args.license,
         "languages": args.language,
         "datasets": args.datasets,
         "base_models": args.base_model,

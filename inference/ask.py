@@ -4,11 +4,18 @@ from argparse import ArgumentParser
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data.examples import BadRowError, decode_image
+from ..configuration_tokenflex import resolve_named_count
+from ..data.images import ImageError, decode_image
+from .counts import parse_num_vision_tokens
 
 
 def answer(
-    model, processor, image, question: str, num_vision_tokens: int | str | None = None, max_new_tokens: int = 64
+    model,
+    processor,
+    image,
+    question: str,
+    num_vision_tokens: int | tuple[int, int] | str | None = None,
+    max_new_tokens: int = 64,
 ) -> str:
     """
     Answers one question about one image.
@@ -18,8 +25,8 @@ def answer(
         processor ([`TokenFlexProcessor`]): Its processor.
         image (`PIL.Image.Image`): The image.
         question (`str`): The question.
-        num_vision_tokens (`int` or `str`, *optional*):
-            The vision-token count, or `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
+        num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*):
+            The vision-token count, the grid, or `"low"`, `"high"` or `"auto"`. Defaults to the processor's.
         max_new_tokens (`int`, *optional*, defaults to 64): The longest answer in tokens.
 
     Returns:
@@ -40,10 +47,6 @@ def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens
     return reply.strip(), None if chosen is None else int(chosen[0])
 
 
-def _count(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="tokenflex generate", description="Answer a question about an image.")
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
@@ -51,18 +54,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", required=True, help="The question.")
     parser.add_argument(
         "--num_vision_tokens",
-        type=_count,
         nargs="+",
-        help="One answer per count, or `low`, `high`, `auto`. Default: the config's choices.",
+        help="One answer for each count, grid such as 8x12, `low`, `high` or `auto`. Default: the config's choices.",
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer. Default: %(default)s.")
     args = parser.parse_args(argv)
+    counts = [parse_num_vision_tokens(count) for count in args.num_vision_tokens or ()]
     try:
         image = decode_image(args.image)
-    except BadRowError as error:
+    except ImageError as error:
         raise ValueError(f"`image`={args.image!r}: {error}.") from None
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
-    for count in args.num_vision_tokens or model.config.vision_token_choices:
+    choices = model.config.vision_token_choices
+    for count in counts or choices:
+        count = resolve_named_count(count, choices)
         reply, chosen = _answer(model, processor, image, args.question, count, args.max_new_tokens)
-        print(f"{chosen or count:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201
+        name = f"{count[0]}x{count[1]}" if isinstance(count, tuple) else chosen or count
+        print(f"{name:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201

@@ -1,4 +1,4 @@
-"""What vLLM calls as it starts, in each of its processes: entry point group `vllm.general_plugins`."""
+"""Function that vLLM calls as it starts, in each of its processes: entry point group `vllm.general_plugins`."""
 
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 

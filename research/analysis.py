@@ -9,10 +9,10 @@ from ..towers.tiny import VISION_TOKEN_CHOICES
 from .arms import ARMS, FIXED, PAPER
 
 
-AWAY = -0.05  # how far below the flexible model a fixed one away from its count is expected to be
+AWAY = -0.05  # expected of a fixed model away from its count, against the flexible one
 
 
-def analyse(
+def analyze(
     runs: Sequence[Mapping],
     flops: Mapping[str, float],
     regimes: Mapping[str, tuple],
@@ -20,7 +20,7 @@ def analyse(
 ) -> dict:
     """
     Args:
-        runs (`Sequence[Mapping]`): What [`train_and_test`] returns.
+        runs (`Sequence[Mapping]`): Results from [`train_and_test`].
         flops (`Mapping[str, float]`): FLOPs of a step of each arm.
         regimes (`Mapping[str, tuple]`): Title to (images, steps).
         curves (`Mapping[str, Sequence[tuple]]`): Title to points, each (label, images, steps).
@@ -28,8 +28,8 @@ def analyse(
     Returns:
         `dict`: `regimes` and `curves`. For each title and point, arm by arm: `accuracy` at each count (the mean over
         families and seeds, its 95 % interval, each seed's, their standard deviation), `gain`, the difference from the
-        fixed model at its own count, and `away`, a fixed model's difference from the paper's draw at other counts, with
-        verdicts: on being better, and on being at least five points worse.
+        fixed model at its own count, and `away`, a fixed model's difference from the paper's draw at other counts,
+        with verdicts: on being better, and on being at least five points worse.
     """
     cells = defaultdict(dict)
     for run in sorted(runs, key=lambda run: run["seed"]):
@@ -76,8 +76,8 @@ def _accuracy(runs: Sequence[Mapping], count: str) -> dict:
 
 def _difference(first: Sequence[Mapping], second: Sequence[Mapping], count: str, claim: float = 0.0) -> dict:
     """
-    Over the seeds that both have; one seed's runs share their base, their images and their order. The verdict is on the
-    claim that the difference is above `claim`, or below it where that is negative.
+    Over the seeds that both have; one seed's runs share their base, their images and their order. The verdict is on
+    the claim that the difference is above `claim`, or below it where that is negative.
     """
     theirs = {run["seed"]: run["right"][count] for run in second}
     pairs = [(run["right"][count], theirs[run["seed"]]) for run in first if run["seed"] in theirs]
@@ -87,7 +87,7 @@ def _difference(first: Sequence[Mapping], second: Sequence[Mapping], count: str,
 
 
 def verdict(interval: Interval, claim: float = 0.0) -> str:
-    """What the interval of a difference says about the claim that it is above `claim`, or below a negative one."""
+    """Verdict of a difference's interval on the claim that it is above `claim`, or below a negative one."""
     low, high = (
         (claim - interval.high, claim - interval.low) if claim < 0 else (interval.low - claim, interval.high - claim)
     )

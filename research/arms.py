@@ -1,4 +1,4 @@
-"""What is compared: how each model is trained, on how much, and in what size."""
+"""The models to compare: training, data and size of each."""
 
 from dataclasses import dataclass, replace
 
@@ -15,16 +15,16 @@ class Arm:
 
     Args:
         name (`str`): A short name, also of files.
-        title (`str`): What tables call it.
+        title (`str`): Name in tables.
         choices (`tuple[int, ...]`): The counts that training uses.
         weights (`tuple[float, ...]`): One weight per count.
         scheme (`str`, *optional*, defaults to `"batch"`): One of `SCHEMES`.
-        projector (`str`, *optional*, defaults to `"swiglu"`): Or `"gelu"`, see [`GeluMLP`].
+        projector (`str`, *optional*, defaults to `"swiglu"`): Or `"gelu"`, see [`use_gelu`].
         downsampled (`bool`, *optional*, defaults to `False`):
-            Whether the image is made so small that its patches are the vision tokens, instead of pooling them. The tower
-            is trained then, which it is not elsewhere: it has to get used to small images.
+            Whether to make the image so small that its patches are the vision tokens, instead of pooling them. The
+            tower is trained then, which it is not elsewhere: it has to get used to small images.
         equal_compute (`bool`, *optional*, defaults to `False`):
-            Whether it gets the FLOPs of the paper's draw, and so fewer steps, instead of as many steps.
+            Whether to give it the FLOPs of the paper's draw, and so fewer steps, instead of as many steps.
     """
 
     name: str

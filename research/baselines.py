@@ -1,39 +1,33 @@
-"""What reviewers ask to see beside pooling and SwiGLU: a smaller image, and a plain GELU MLP."""
+"""Baselines beside pooling and SwiGLU: a smaller image, and a plain GELU MLP."""
 
 import math
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from ..configuration_tokenflex import TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
-
-
-class GeluMLP(nn.Module):
-    """
-    `down(gelu(gate(x)))`, as LLaVA's projector, with as many parameters as [`TokenFlexSwiGLU`] to within a row: its
-    inner width is half as large again, since one matrix fewer leads there.
-    """
-
-    def __init__(self, config: TokenFlexConfig):
-        super().__init__()
-        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-        inner = round(config.projector_hidden_size * (2 * vision_size + text_size) / (vision_size + text_size))
-        self.gate = nn.Linear(vision_size, inner, bias=False)
-        self.down = nn.Linear(inner, text_size, bias=False)
-        self.act_fn = ACT2FN["gelu"]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act_fn(self.gate(hidden_states)))
+from ..projector_tokenflex import TokenFlexProjector
 
 
 def use_gelu(model: TokenFlexForConditionalGeneration, seed: int) -> None:
-    """Puts a new [`GeluMLP`] in the place of the model's SwiGLU."""
+    """
+    Puts a new GELU MLP in the place of the model's SwiGLU, with as many weights to within a row: its inner width is
+    half as large again, since one matrix fewer leads there.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model, which is changed in place.
+        seed (`int`): The seed of the new weights.
+    """
+    config = model.config
+    vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+    inner = config.projector_hidden_size * (2 * vision_size + text_size) / (vision_size + text_size)
+    config.projector_connector, config.projector_hidden_act = "mlp", "gelu"
+    config.projector_hidden_size = round(inner)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.model.multi_modal_projector.swiglu = GeluMLP(model.config).apply(model._init_weights)
+        model.model.multi_modal_projector = TokenFlexProjector(config).apply(model._init_weights)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a training step costs: floating-point operations, counted while a step runs."""
+"""The cost of a training step: floating-point operations, counted while a step runs."""
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,12 +14,12 @@ from .runs import Size
 
 def step_flops(arm: Arm, size: Size) -> float:
     """
-    The expected FLOPs of one step's forward and backward pass, by the counts' weights. The optimizer's are left out: they
-    are the same for every step, so that arms with fewer steps are a little cheaper than this says.
+    The expected FLOPs of one step's forward and backward pass, by the counts' weights. The optimizer's are left out:
+    they are the same for every step, so that arms with fewer steps are a little cheaper than this says.
 
     Args:
-        arm (`Arm`): How it is trained.
-        size (`Size`): How large the experiment is.
+        arm (`Arm`): Arm to train.
+        size (`Size`): Size of the experiment.
 
     Example:
 
@@ -42,9 +42,8 @@ def step_flops(arm: Arm, size: Size) -> float:
     else:
         freeze_parts(model, ["vision_tower"])
     collator = TokenFlexDataCollator(processor, arm.choices, arm.weights, scheme=arm.scheme)
-    collator.follows_trainer = True  # the batch as the callback gets it
     rows = SyntheticVQA(size.batch_size, 0, size.questions)
-    batch = collator([rows[i] for i in range(size.batch_size)])
+    batch = collator.collate([rows[i] for i in range(size.batch_size)])
     if arm.scheme in ("nested", "distill"):
         return _count(model, collator.arrange(batch, list(arm.choices))[0])
     flops = (_count(model, collator.arrange(batch, [count])[0]) for count in arm.choices)

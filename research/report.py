@@ -20,7 +20,7 @@ COUNTS = tuple(map(str, VISION_TOKEN_CHOICES))
 def markdown_report(report: Mapping) -> str:
     """
     Args:
-        report (`Mapping`): What [`reproduce`] returns.
+        report (`Mapping`): Report from [`reproduce`].
 
     Returns:
         `str`: For each regime what every model scores and costs, what the flexible ones gain, and what fixed ones lose
@@ -112,7 +112,7 @@ def plot_png(report: Mapping) -> bytes:
     Accuracy against the count in each regime above, the paper's draw's gain over images and over steps below.
 
     Args:
-        report (`Mapping`): What [`reproduce`] returns.
+        report (`Mapping`): Report from [`reproduce`].
 
     Returns:
         `bytes`: A PNG image.

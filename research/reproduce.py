@@ -20,7 +20,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..checkpoints.files import write_file
-from .analysis import analyse
+from .analysis import analyze
 from .arms import BASELINES, DISTILL_EQUAL, FIXED, FLEXIBLE, PAPER, Arm
 from .flops import step_flops
 from .report import markdown_report, plot_png
@@ -80,14 +80,14 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
     goes on when it is called again.
 
     Args:
-        output_dir (`str` or `Path`): Where bases and runs go, and `report.json`, `report.md` and `report.png`.
-        size (`Size`): How large the experiment is.
+        output_dir (`str` or `Path`): Folder for bases, runs, `report.json`, `report.md` and `report.png`.
+        size (`Size`): Size of the experiment.
         seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`):
             The seeds of weights, data and draws; each gives one run of every kind.
         workers (`int`, *optional*, defaults to 2): Runs at a time, each with its share of the CPU's threads.
 
     Returns:
-        `dict`: What `report.json` holds: [`analyse`]'s figures, and what they cost.
+        `dict`: The content of `report.json`: [`analyze`]'s figures, and their cost.
 
     Raises:
         ValueError: If `seeds` is empty, names one twice or one outside 0 to 999, `workers` is below 1, or `output_dir`
@@ -117,7 +117,7 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        **analyse(results, flops, regimes(size), curves(size)),
+        **analyze(results, flops, regimes(size), curves(size)),
     }
     write_file(output_dir / "report.json", json.dumps(report, indent=2))
     write_file(output_dir / "report.md", markdown_report(report))
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         description="The paper's experiment in small: fixed models, the flexible one and baselines, at every count.",
     )
     parser.add_argument(
-        "--output_dir", default="outputs/reproduce", help="Where everything goes. Default: %(default)s."
+        "--output_dir", default="outputs/reproduce", help="Folder for everything. Default: %(default)s."
     )
     parser.add_argument(
         "--size", choices=list(SIZES), default="cpu", help="For two CPU cores, or for one GPU. Default: %(default)s."

@@ -29,12 +29,13 @@ TOWER_SEED, BASE_SEED, TRAIN_SEED, TEST_SEED = 21_000, 22_000, 23_000, 29_000
 @dataclass(frozen=True)
 class Size:
     """
-    How large the experiment is.
+    Size of the experiment.
 
     Args:
         width (`int`): The hidden size of both towers.
         tower_steps (`int`): Steps of twice `batch_size` images in which the tower learns to see, from dense labels.
-        base_steps (`int`): Steps in which projector and language model learn to listen, to all patches of fresh images.
+        base_steps (`int`):
+            Steps in which projector and language model learn to listen, to all patches of fresh images.
         steps (`int`): Steps of every run after that.
         num_images (`int`): Images of the data-limited runs.
         batch_size (`int`, *optional*, defaults to 16): Images per step.
@@ -56,7 +57,7 @@ class Size:
 class Run:
     """
     Args:
-        arm (`Arm`): How it is trained.
+        arm (`Arm`): Arm to train.
         seed (`int`): The seed of weights, data and draws.
         steps (`int`): Optimizer steps.
         num_images (`int`, *optional*): Images that training goes over again and again; fresh ones if not given.
@@ -73,7 +74,7 @@ class Run:
 
 
 def base_file(folder: Path, arm: Arm, seed: int) -> Path:
-    """Where the weights lie that an arm starts from."""
+    """Folder of the weights that an arm starts from."""
     return folder / f"base-{arm.projector}-{seed}.pt"
 
 
@@ -108,10 +109,10 @@ def train_and_test(run: Run, steps: int, size: Size, folder: Path) -> dict:
     Trains one model from its base and tests it.
 
     Args:
-        run (`Run`): What to train.
+        run (`Run`): Run to train.
         steps (`int`): The steps to take: the run's, or as many as have the compute of the run's.
-        size (`Size`): How large the experiment is.
-        folder (`Path`): Where the base lies.
+        size (`Size`): Size of the experiment.
+        folder (`Path`): Folder of the base.
 
     Returns:
         `dict`: `right`, for each count a 1 or 0 for every question; the questions' `families` and `images`; `losses`
@@ -161,14 +162,14 @@ def _new_model(arm: Arm, seed: int, size: Size):
 def _train_tower(model: nn.Module, processor, seed: int, size: Size, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        labelled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)
+        labeled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)
     args = _arguments(folder, size.tower_steps, seed, 2 * size.batch_size, learning_rate=3e-3)
     trainer = Trainer(
-        labelled,
+        labeled,
         args,
         data_collator=PatchLabelCollator(processor),
         train_dataset=PatchLabelDataset(size.tower_steps * 2 * size.batch_size, TOWER_SEED + seed),
-        optimizers=(MuonAdamW(labelled, args.learning_rate, args.weight_decay), None),
+        optimizers=(MuonAdamW(labeled, args.learning_rate, args.weight_decay), None),
     )
     _train(trainer)
 

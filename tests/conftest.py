@@ -1,3 +1,4 @@
+import copy
 import os
 
 
@@ -12,6 +13,12 @@ from tokenflex.towers.tiny import tiny_model_and_processor  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny():
+def pristine():
+    """To be copied, not used: the tokenizer takes a second to train."""
     model, processor = tiny_model_and_processor()
     return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def tiny(pristine):
+    return copy.deepcopy(pristine)

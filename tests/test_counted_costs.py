@@ -1,4 +1,4 @@
-"""What the model does not do twice, counted in operations: a gain in speed that is lost again fails here."""
+"""Counts of operations: work that the model began to do twice again would fail here."""
 
 import copy
 from collections import Counter
@@ -8,12 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from tokenflex import recount_vision_tokens
+from tokenflex import at_count
 from tokenflex.data.synthetic import draw_scene
 
 
-# What makes the host wait for the device.
-SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item", "_unique2"}
+# Operations that make the host wait for the device.
+SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item", "_unique2"}
 
 
 class Operations(TorchDispatchMode):
@@ -31,8 +31,8 @@ class Operations(TorchDispatchMode):
         return output
 
     @property
-    def synchronising(self) -> int:
-        return sum(number for name, number in self.count.items() if name in SYNCHRONISING)
+    def synchronizing(self) -> int:
+        return sum(number for name, number in self.count.items() if name in SYNCHRONIZING)
 
 
 def encode(processor, images_per_row, count=16):
@@ -53,12 +53,12 @@ def test_the_host_waits_for_the_device_once_more_than_the_language_model_makes_i
         inputs, cache = encode(processor, images_per_row), DynamicCache(config=model.config)
         _, own = run(model.model.language_model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
         _, operations = run(model, **inputs, past_key_values=cache, logits_to_keep=1)
-        assert operations.synchronising - own.synchronising == 1  # whether placeholders and features match
+        assert operations.synchronizing - own.synchronizing == 1  # the check that placeholders and features match
         step = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}
         step["input_ids"] = inputs["input_ids"][:, -1:]
         _, own = run(model.model.language_model, **step, past_key_values=copy.deepcopy(cache))
         _, operations = run(model, **step, past_key_values=cache)
-        assert operations.synchronising == own.synchronising
+        assert operations.synchronizing == own.synchronizing
 
 
 @pytest.mark.parametrize("count", [4, 64, "mixed"])
@@ -91,7 +91,7 @@ def test_pooling_comes_before_widening_and_the_head_reads_last_tokens_only(tiny)
     inputs = encode(processor, [1, 2, 1], count=4)
     read = {}
     parts = {
-        "gate": model.model.multi_modal_projector.swiglu.gate,
+        "gate": model.model.multi_modal_projector.connector.gate,
         "head": model.lm_head,
         "tower": model.model.vision_tower,
     }
@@ -113,8 +113,7 @@ def test_re_counting_does_not_go_through_images_or_rows(tiny):
     counted = []
     for images_per_row in ([1, 1], [4, 3, 4, 2, 4, 4]):
         inputs = encode(processor, images_per_row)
-        grids = [(6, 6)] * sum(images_per_row)
-        _, operations = run(recount_vision_tokens, inputs, grids, processor.image_token_id, 0)
+        _, operations = run(at_count, inputs, 36, processor, 0)
         counted.append(operations.count)
     assert counted[0] == counted[1]
 
@@ -128,5 +127,5 @@ def test_what_generate_adds_does_not_grow_with_images_or_tokens(tiny):
         return run(model.generate, **inputs, **options)[1]
 
     few, many = count([1, 1]), count([4, 4])
-    assert few.synchronising == many.synchronising
+    assert few.synchronizing == many.synchronizing
     assert sum(many.count.values()) == sum(few.count.values())

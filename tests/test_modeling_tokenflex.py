@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
+from tokenflex.projector_tokenflex import CONNECTORS, POOLINGS
 from tokenflex.towers.tiny import tiny_model_and_processor
 
 
@@ -35,15 +36,33 @@ def test_two_matrices_pool_like_adaptive_avg_pool2d(rows, columns, new_rows, new
 
 
 @pytest.mark.parametrize(("side", "new_side"), [(27, 8), (27, 12), (27, 16), (24, 16), (16, 12), (8, 6), (27, 27)])
-def test_projector_pools_like_adaptive_avg_pool2d(tiny, side, new_side):
-    projector = tiny[0].model.multi_modal_projector
-    whole = type(projector)(tiny[0].config)
-    whole.patch_grid = (side, side)
+def test_average_pooling_is_adaptive_avg_pool2d(side, new_side):
+    pool = POOLINGS["average"]()
     features = torch.randn(2, side * side, 5)
     expected = adaptive_avg_pool2d(features.view(2, side, side, 5).permute(0, 3, 1, 2), new_side)
-    torch.testing.assert_close(
-        whole.pool(features, (new_side, new_side)), expected.flatten(2).transpose(1, 2), atol=1e-6, rtol=0
-    )
+    pooled = pool(features, (side, side), (new_side, new_side))
+    torch.testing.assert_close(pooled, expected.flatten(2).transpose(1, 2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_config_names_pooling_and_connector(tiny, tmp_path, pooling, connector):
+    config = type(tiny[0].config).from_dict(tiny[0].config.to_dict())
+    config.projector_pooling, config.projector_connector = pooling, connector
+    model = TokenFlexForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(loaded.model.multi_modal_projector.connector) is CONNECTORS[connector]
+    inputs = encode(tiny[1], [2, 1], 16)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("field", ["projector_pooling", "projector_connector"])
+def test_an_unknown_pooling_or_connector_is_refused(tiny, field):
+    config = type(tiny[0].config).from_dict(tiny[0].config.to_dict())
+    setattr(config, field, "perceiver")
+    with pytest.raises(ValueError, match=f"`{field}`='perceiver'.*(average|swiglu)"):
+        TokenFlexForConditionalGeneration(config)
 
 
 def test_mixed_counts_give_each_image_what_it_gets_alone(tiny):
@@ -117,7 +136,7 @@ def test_hidden_states_and_last_logits(tiny):
     torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, output.logits[:, -1:])
 
 
-def test_missing_weights_are_initialised_as_new_ones_are(tiny):
+def test_missing_weights_are_initialized_as_new_ones_are(tiny):
     config = tiny[0].config
     torch.manual_seed(0)
     new = TokenFlexForConditionalGeneration(config).state_dict()
@@ -293,7 +312,7 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_nothing():
     losses, gradients = [], []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.train().zero_grad()
         loss = model(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()

@@ -39,7 +39,7 @@ print(json.dumps({"file": tokenflex.__file__, "module": type(model).__module__, 
 
 
 def shell(*command, cwd, **environment):
-    """What a command prints, in a process that sees no other copy of the package than `environment` says."""
+    """The output of a command, in a process that sees no other copy of the package than `environment` says."""
     offline = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     result = subprocess.run(
         command, cwd=cwd, env={**os.environ, **offline, **environment}, capture_output=True, text=True

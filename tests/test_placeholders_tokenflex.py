@@ -1,22 +1,13 @@
 import pytest
 import torch
+from helpers import COUNTS, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflex import recount_vision_tokens
-from tokenflex.data.synthetic import draw_scene
+from tokenflex import TokenFlexConfig, at_count
 
 
-COUNTS = [4, 16, 36, 64, (2, 5)]
-IMAGES = [draw_scene(7, index).image for index in range(6)]
-
-
-def encode(processor, images_per_row, count):
-    """A batch whose rows hold the given numbers of images and texts of different lengths."""
-    words = ("which color?", "hi", "how tall is the red bar?") * 4
-    texts = ["<|image_pad|> and ".join([word] * (n + 1)) for n, word in zip(images_per_row, words)]
-    images = [IMAGES[i % len(IMAGES)] for i in range(sum(images_per_row))]
-    return processor(images=images, text=texts, num_vision_tokens=count, padding=True, return_tensors="pt")
+CONFIG = TokenFlexConfig(image_token_id=99)
 
 
 @settings(deadline=None, max_examples=40)
@@ -30,13 +21,13 @@ def test_recounting_equals_encoding_at_that_count(tiny, data):
     grids = [tuple(grid) for grid in expected["vision_token_grids"].tolist()]
     before = {name: tensor.clone() for name, tensor in encoded.items()}
     pad = processor.tokenizer.pad_token_id
-    recounted = recount_vision_tokens(encoded, grids, processor.image_token_id, pad)
+    recounted = at_count(encoded, grids, processor, pad)
     assert all(torch.equal(recounted[name], expected[name]) for name in expected)
     assert all(torch.equal(encoded[name], before[name]) for name in before), "the caller's tensors are left alone"
 
 
 def test_recounting_keeps_right_padding_labels_and_segments():
-    image = 99
+    image = CONFIG.image_token_id
     inputs = {
         "input_ids": torch.tensor([[5, image, image, image, image, 6, 7], [image, image, image, image, 8, 0, 0]]),
         "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2]),
@@ -45,11 +36,11 @@ def test_recounting_keeps_right_padding_labels_and_segments():
         "position_ids": torch.arange(7)[None].expand(2, -1),
         "vision_token_grids": torch.tensor([[2, 2], [2, 2]]),
     }
-    output = recount_vision_tokens(inputs, [(1, 1), (1, 3)], image)
+    output = at_count(inputs, [(1, 1), (1, 3)], CONFIG)
     assert output["input_ids"].tolist() == [[5, image, 6, 7], [image, image, image, 8]]
     assert output["labels"].tolist() == [[-100, -100, 6, 7], [-100, -100, -100, 8]]
     assert output["segment_ids"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
-    output = recount_vision_tokens(inputs, [(1, 1), (1, 1)], image, pad_token_id=3)
+    output = at_count(inputs, 1, CONFIG, pad_token_id=3)
     assert output["input_ids"].tolist() == [[5, image, 6, 7], [image, 8, 3, 3]]
     assert output["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert output["labels"].tolist()[1] == [-100, 8, -100, -100]
@@ -57,7 +48,7 @@ def test_recounting_keeps_right_padding_labels_and_segments():
 
 
 def test_recounting_refuses_runs_that_do_not_match():
-    image = 99
+    image = CONFIG.image_token_id
     for ids, grids in [
         ([[5, image, image, image]], [[2, 2]]),
         ([[image, 5, image, image, image]], [[2, 2]]),
@@ -66,4 +57,4 @@ def test_recounting_refuses_runs_that_do_not_match():
     ]:
         inputs = {"input_ids": torch.tensor(ids), "vision_token_grids": torch.tensor(grids)}
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
-            recount_vision_tokens(inputs, [(1, 1)] * len(grids), image)
+            at_count(inputs, 1, CONFIG)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from tokenflex import TokenFlexProcessor
 
@@ -84,7 +84,9 @@ def test_a_near_miss_of_the_argument_is_refused(tiny, name):
 
 @pytest.mark.parametrize(("num_images", "text"), [(2, TEXT), (1, TEXT + TEXT), (1, "no image")])
 def test_images_and_placeholders_must_match(tiny, num_images, text):
-    with pytest.raises(ValueError, match=f"`text` has {text.count('<|image_pad|>')} .*`images` holds {num_images}"):
+    with pytest.raises(
+        ValueError, match=rf"`text` has \[{text.count('<|image_pad|>')}\] per prompt, `images` holds {num_images}"
+    ):
         tiny[1](images=[IMAGE] * num_images, text=text)
 
 
@@ -97,7 +99,7 @@ def test_placeholders_without_images_are_refused(tiny, images):
 def test_images_grouped_by_prompt_stay_with_their_prompt(tiny):
     texts = ["none", TEXT]
     assert "pixel_values" in tiny[1](images=[[], [IMAGE]], text=texts)
-    with pytest.raises(ValueError, match=r"`text` has \[0, 1\] .* per prompt, but `images` groups .* as \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"`text` has \[0, 1\] per prompt, `images` holds \[1, 0\]"):
         tiny[1](images=[[IMAGE], []], text=texts)
 
 
@@ -191,7 +193,8 @@ def test_chat_template_places_images_where_the_message_does(tiny):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "c"}]
     text = tiny[1].apply_chat_template(messages)
     assert text == (
-        "<|im_start|>user\na<|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+        "<|im_start|>user\na<|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n"
+        "<|im_start|>assistant\nc<|im_end|>\n"
     )
 
 
@@ -373,15 +376,44 @@ def test_without_marks_an_image_is_its_token_alone(tiny):
 
 def test_a_grid_can_be_the_default_and_survives_saving(tiny, tmp_path):
     processor = tiny[1]
-    own = TokenFlexProcessor(
-        processor.image_processor, processor.tokenizer, (4, 5), 8, num_vision_tokens_per_frame=(2, 3)
-    )
+    own = TokenFlexProcessor(processor.image_processor, processor.tokenizer, (4, 5), 8)
     own.save_pretrained(tmp_path)
     for loaded in (own, TokenFlexProcessor.from_pretrained(tmp_path)):
-        output = loaded(images=[IMAGE, IMAGE], videos=[IMAGE], text=TEXT + TEXT + "<|video_pad|>")
-        assert output["vision_token_grids"] == [[4, 5], [4, 5], [2, 3]]
-    again = TokenFlexProcessor.from_pretrained(tmp_path, num_vision_tokens_per_frame=4)
-    assert "num_vision_tokens_per_frame" not in again.tokenizer.init_kwargs
+        assert loaded(images=[IMAGE, IMAGE], text=TEXT + TEXT)["vision_token_grids"] == [[4, 5], [4, 5]]
+
+
+@pytest.mark.parametrize(("size", "count"), [((64, 64), 64), ((40, 64), 25), ((256, 256), 256), ((8, 8), 1)])
+def test_the_default_count_is_the_largest_that_the_grid_allows_up_to_256(tiny, size, count):
+    image_processor = SiglipImageProcessorPil(size=dict(zip(("height", "width"), size)))
+    assert TokenFlexProcessor(image_processor, tiny[1].tokenizer, patch_size=8).num_vision_tokens == count
+
+
+def test_saving_changes_nothing_that_a_processor_says_of_itself(tiny, tmp_path):
+    processor = TokenFlexProcessor(tiny[1].image_processor, tiny[1].tokenizer, 36, 8)
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before == TokenFlexProcessor.from_pretrained(tmp_path).to_dict()
+
+
+def test_videos_are_refused_with_the_way_out(tiny):
+    processor = tiny[1]
+    with pytest.raises(ValueError, match="`videos` is given.*expand_videos"):
+        processor(videos=[[IMAGE] * 3], text="what moves?")
+    content = [{"type": "video", "video": [IMAGE] * 3}, {"type": "text", "text": "what moves?"}]
+    with pytest.raises(Exception, match="takes the frames of videos as images.*expand_videos"):
+        processor.apply_chat_template([{"role": "user", "content": content}])
+
+
+def test_pixel_values_are_the_image_processors_own_whatever_the_threads(tiny):
+    processor, threads = tiny[1], torch.get_num_threads()
+    images = [IMAGE.resize(size) for size in ((64, 64), (70, 33), (20, 90), (64, 64), (5, 5))]
+    expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            assert torch.equal(processor(images=images, return_tensors="pt")["pixel_values"], expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_parts_of_messages_may_hold_empty_columns(tiny):

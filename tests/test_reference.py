@@ -114,5 +114,5 @@ MESSAGES = list(raised_messages())
 
 @pytest.mark.parametrize("said", re.findall(r"```text\n(.*)\n```", (ROOT / "docs/faq.md").read_text()))
 def test_errors_in_the_documentation_are_raised(said):
-    message = re.sub(r"^\S+, row \d+: (.*)\.$", r"\1", said)  # how a row's reason is told
+    message = re.sub(r"^\S+, row \d+: (.*)\.$", r"\1", said)  # the reason alone, without file and row
     assert any(re.fullmatch(pattern, message) for pattern in MESSAGES)

@@ -53,7 +53,7 @@ def build_from_towers(
     not) on its base model's output, such as Qwen2, Qwen2.5, Qwen3, Llama, SmolLM or Gemma: a short text is run
     through it before and after, and the logits must be identical.
 
-    Images are resized to the size that the tower's config names, whole and without a centre crop, and normalised as
+    Images are resized to the size that the tower's config names, whole and without a center crop, and normalized as
     the tower's preprocessor config says (without one: as its authors publish it).
 
     Args:
@@ -70,9 +70,9 @@ def build_from_towers(
         vision_token_weights (`list[float]`, *optional*):
             One weight per choice; given together with the choices.
         vision_feature_layer (`int`, *optional*, defaults to -1):
-            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalise.
+            The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalize.
         num_prefix_tokens (`int`, *optional*):
-            How many class tokens and registers stand before the patches. Known for the towers named above; must be
+            Number of class tokens and registers before the patches. Known for the towers named above; must be
             given for others.
         dtype (`str` or `torch.dtype`, *optional*):
             The dtype of all weights. By default each tower keeps its own, and the projector takes the language
@@ -232,9 +232,9 @@ def _assemble(
             fits = torch.equal(model(input_ids=token_ids, use_cache=False).logits, expected)
     if not fits:
         raise ValueError(
-            f"`language_model` is of type {config.text_config.model_type!r}, whose logits are not one linear layer on the "
-            "output of a base model with `embed_tokens`: text would get other logits than from the language model itself. "
-            "Give a Qwen, Llama, SmolLM or Gemma model."
+            f"`language_model` is of type {config.text_config.model_type!r}, whose logits are not one linear layer on "
+            "the output of a base model with `embed_tokens`: text would get other logits than from the language "
+            "model itself. Give a Qwen, Llama, SmolLM or Gemma model."
         )
     with torch.no_grad():
         model.get_image_features(torch.zeros(1, config.vision_config.num_channels, *config.image_size))
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--vision_tower", required=True, help="Hub id or folder of the vision tower.")
     parser.add_argument("--language_model", required=True, help="Hub id or folder of the language model.")
-    parser.add_argument("--output_dir", required=True, help="Where the checkpoint goes.")
+    parser.add_argument("--output_dir", required=True, help="Folder for the checkpoint.")
     parser.add_argument("--num_vision_tokens", type=int, help="Default count. Default: the largest choice.")
     parser.add_argument(
         "--vision_token_choices",

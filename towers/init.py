@@ -4,7 +4,8 @@ from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import add_stage, public_names
-from ..data.loading import SourceArguments, load_rows
+from ..data.arguments import SourceArguments
+from ..data.loading import load_rows
 from .tiny import tiny_model_and_processor
 
 
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--vision_tower", help="A checkpoint whose trained vision tower is taken over.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the new weights.")
-    parser.add_argument("--output_dir", required=True, help="Where the checkpoint goes.")
+    parser.add_argument("--output_dir", required=True, help="Folder for the checkpoint.")
     args = parser.parse_args(argv)
-    rows = load_rows(args.dataset, args.dataset_split, args.image_folder, args.on_bad_row)
+    rows = load_rows(*parser.parse_dict(vars(args), allow_extra_keys=True))
     model, processor = init_checkpoint(rows, args.vision_tower, args.seed)
     towers = public_names(args.vision_tower)
     provenance = {"base_models": towers, "stages": []}

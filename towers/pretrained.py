@@ -1,4 +1,4 @@
-"""What a TokenFLEX checkpoint is built from, read off pretrained checkpoints: towers, tokenizer and image statistics."""
+"""Parts of a TokenFLEX checkpoint, read off pretrained ones: towers, tokenizer and image statistics."""
 
 import contextlib
 import json
@@ -41,8 +41,6 @@ IMAGE_STATISTICS = {
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
 }
 IMAGE_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
-# Parts that only pre-training needs, and that a tower's config can leave out.
-UNUSED_PARTS = ("vision_use_head", "use_mask_token")
 
 
 def read_vision_config(checkpoint: str) -> PreTrainedConfig:
@@ -67,9 +65,11 @@ def read_vision_config(checkpoint: str) -> PreTrainedConfig:
             f"`vision_tower`={checkpoint!r} is of type {config.model_type!r}, which has no fixed grid of patches "
             "(`image_size` and `patch_size`). Give a vision tower, such as 'google/siglip-so400m-patch14-384'."
         )
-    for part in UNUSED_PARTS:
-        if getattr(config, part, False):
-            setattr(config, part, False)
+    # Parts that only pre-training needs; transformers 5.18 makes SigLIP's unless it is told not to.
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+    if getattr(config, "use_mask_token", False):
+        config.use_mask_token = False
     config.dtype = whole.dtype or config.dtype
     return config
 
@@ -111,7 +111,7 @@ def load_vision_tower(checkpoint: str, config: PreTrainedConfig, dtype: str | to
             checkpoint,
             config=config,
             dtype=dtype,
-            key_mapping={r"^(model\.)?vision_tower\.": ""},  # how vision-language models name their tower
+            key_mapping={r"^(model\.)?vision_tower\.": ""},  # the tower's name in vision-language models
             output_loading_info=True,
         )
     _refuse_missing("vision_tower", checkpoint, tower, info)
@@ -158,7 +158,7 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int |
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"`language_model`={checkpoint!r} comes without a tokenizer: add one. ({error})") from None
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # the result of missing files
         raise ValueError(f"`language_model`={checkpoint!r} comes without a tokenizer: add one.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -197,8 +197,8 @@ def load_image_processor(checkpoint: str, vision_config: PreTrainedConfig) -> Si
         options |= {option: own[option] for option in IMAGE_OPTIONS if option in own}
     if "image_mean" not in options:
         raise ValueError(
-            f"`vision_tower`={checkpoint!r} has no {IMAGE_PROCESSOR_NAME} and is of type {vision_config.model_type!r}, "
-            "whose `image_mean` and `image_std` are not known: add that file."
+            f"`vision_tower`={checkpoint!r} has no {IMAGE_PROCESSOR_NAME} and is of type "
+            f"{vision_config.model_type!r}, whose `image_mean` and `image_std` are not known: add that file."
         )
     size = vision_config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -216,11 +216,11 @@ def _read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
         ) from None
     if config.model_type == TokenFlexConfig.model_type:
         raise ValueError(
-            f"`{argument}`={checkpoint!r} is a whole TokenFLEX checkpoint: load it with `AutoModelForImageTextToText`, "
-            "or give what it was built from."
+            f"`{argument}`={checkpoint!r} is a whole TokenFLEX checkpoint: load it with "
+            "`AutoModelForImageTextToText`, or give what it was built from."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"`{argument}`={checkpoint!r} is quantised: give the checkpoint that it was made from.")
+        raise ValueError(f"`{argument}`={checkpoint!r} is quantized: give the checkpoint that it was made from.")
     return config
 
 

@@ -31,7 +31,7 @@ def train_tokenizer(texts, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     A byte-level BPE tokenizer with the chat and image tokens of Qwen2.5-VL.
 
     Args:
-        texts (iterable of `str`): What to train on.
+        texts (iterable of `str`): Texts to train on.
         vocab_size (`int`, *optional*, defaults to 512): At least 256 bytes and six special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -101,7 +101,7 @@ def tiny_model_and_processor(
     seed: int = 0, width: int = 128, texts: Iterable[str] | None = None
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
     """
-    A freshly initialised tiny model and its processor, with a tokenizer trained on the spot.
+    A freshly initialized tiny model and its processor, with a tokenizer trained on the spot.
 
     Args:
         seed (`int`, *optional*, defaults to 0): The seed of the weights.

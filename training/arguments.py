@@ -1,9 +1,9 @@
-"""What `tokenflex train` can be told, on the command line or in a recipe."""
+"""The arguments of `tokenflex train`, on the command line or in a recipe."""
 
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class ModelArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "What weights are loaded in: `float32`, `bfloat16` or `float16`. Default: as saved. With `--bf16` load "
-            "`float32`: mixed precision then keeps full weights."
+            "help": "What weights are loaded in: `float32`, `bfloat16` or `float16`. Default: as saved. With `--bf16` "
+            "load `float32`: mixed precision then keeps full weights."
         },
     )
     attn_implementation: str | None = field(
@@ -45,7 +45,7 @@ class ModelArguments:
     )
     vision_token_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "One weight per choice, in any unit: they are normalised. Default: the model config's."},
+        metadata={"help": "One weight per choice, in any unit: they are normalized. Default: the model config's."},
     )
     lora_rank: int = field(
         default=0,
@@ -65,7 +65,7 @@ class ModelArguments:
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate on while training."""
+    """The rows to evaluate on while training."""
 
     eval_dataset: str | None = field(
         default=None, metadata={"help": "What to evaluate on while training, named as for `--dataset`."}
@@ -103,8 +103,8 @@ class TokenFlexTrainingArguments(TrainingArguments):
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Use Muon on hidden matrices and AdamW with betas of 0.9 and 0.98 on the rest, in place of `optim`, "
-            "with one learning rate. Helps models that are trained from scratch."
+            "help": "Use Muon on hidden matrices and AdamW with betas of 0.9 and 0.98 on the rest, in place of "
+            "`optim`, with one learning rate. Helps models that are trained from scratch."
         },
     )
     eval_max_new_tokens: int = field(
@@ -113,8 +113,8 @@ class TokenFlexTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "What `tokenflex train` goes on from: `auto`, its default, is the last checkpoint in `output_dir`, if "
-            "there is one; `true` demands one; `false` starts anew; else the checkpoint's folder."
+            "help": "What `tokenflex train` goes on from: `auto`, its default, is the last checkpoint in "
+            "`output_dir`, if there is one; `true` demands one; `false` starts anew; else the checkpoint's folder."
         },
     )
     remove_unused_columns: bool = field(
@@ -130,13 +130,13 @@ class TokenFlexTrainingArguments(TrainingArguments):
             raise ValueError("`muon`=True has one learning rate: leave the parts' own learning rates out, or Muon.")
 
 
-def read_recipe(path: str | Path, fields: Sequence[argparse.Action]) -> list[str]:
+def read_recipe(path: str | Path, fields: Mapping[str, argparse.Action]) -> list[str]:
     """
     Reads a YAML file of field names and values as command-line arguments.
 
     Args:
         path (`str` or `Path`): The file.
-        fields (`Sequence[argparse.Action]`): A parser's arguments.
+        fields (`Mapping[str, argparse.Action]`): A parser's arguments by their names.
 
     Returns:
         `list[str]`: The arguments, to be put before those of the command line, which then have the last word.
@@ -154,7 +154,7 @@ def read_recipe(path: str | Path, fields: Sequence[argparse.Action]) -> list[str
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} has to hold `field: value` lines, but holds {type(values).__name__}.")
-    arguments, fields = [], {field.dest: field for field in fields}
+    arguments = []
     for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)

@@ -1,13 +1,17 @@
-"""The collator's hand in the Trainer: it knows the step, applies its draw when the model is called, and keeps count."""
+"""The collator's hand in the Trainer: it knows the step, applies its draw when the model is called, and counts."""
 
+import time
+import weakref
 from collections import Counter
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from .schemes import NestedLoss
+from .schemes import NESTED, nested_loss
 
 
 logger = logging.get_logger(__name__)
@@ -15,28 +19,37 @@ logger = logging.get_logger(__name__)
 
 class VisionTokenCallback(TrainerCallback):
     """
-    Tells a [`TokenFlexDataCollator`] where training stands, and arranges each batch for its step by a forward pre-hook;
-    made by the collator.
+    Tells a [`TokenFlexDataCollator`] where training stands, and arranges each batch for its step by a forward
+    pre-hook; made by the collator. The schemes "nested" and "distill" also need its
+    [`~VisionTokenCallback.compute_loss`].
 
     Args:
         collator ([`TokenFlexDataCollator`]): The collator that made it.
 
     Attributes:
+        args (`TrainingArguments`): The Trainer's; `None` as long as there is none.
         num_vision_tokens (`float`): The mean of the counts that the last step trained at.
         histogram (`collections.Counter`): How often each count was drawn since training began, resumed parts included.
         totals (`dict[str, torch.Tensor]`): `tokens` (without padding), `vision_tokens`, `images` (tiles count one by
-            one), `skipped_rows` and `truncated_rows` that this process met since it began.
+            one), `skipped_rows` and `truncated_rows` that this process met since it began, and the `training_seconds`
+            without those of evaluating and saving.
     """
+
+    # One for each model: an interrupted training leaves its hook for the next collator to remove.
+    _hooks = weakref.WeakKeyDictionary()
 
     def __init__(self, collator):
         self.collator = collator
+        self.args = None
         self.step = 0
         self.micro_step = 0
         self.drawn = []
         self.histogram = Counter()
-        self.totals = {"tokens": 0, "vision_tokens": 0, "images": 0, "skipped_rows": 0, "truncated_rows": 0}
-        self._args = None
-        self._loss = None
+        counted = ("tokens", "vision_tokens", "images", "skipped_rows", "truncated_rows", "training_seconds")
+        self.totals = dict.fromkeys(counted, 0)
+        self._since = 0.0
+        self._places = None
+        self._rows = None
 
     @property
     def num_vision_tokens(self) -> float | None:
@@ -52,8 +65,8 @@ class VisionTokenCallback(TrainerCallback):
         """
         if args.label_smoothing_factor:
             raise ValueError(
-                f"`label_smoothing_factor`={args.label_smoothing_factor}: the Trainer smooths against unshifted labels "
-                "for models outside transformers. Use 0."
+                f"`label_smoothing_factor`={args.label_smoothing_factor}: the Trainer smooths against unshifted "
+                "labels for models outside transformers. Use 0."
             )
         if args.accelerator_config.dispatch_batches:
             raise ValueError(
@@ -66,7 +79,7 @@ class VisionTokenCallback(TrainerCallback):
         collator.check_distillation()
         if collator.seed is None:
             collator.seed = args.seed
-        collator.follows_trainer = True
+        self.args = args
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if isinstance(train_dataloader, DataLoaderDispatcher):
@@ -74,43 +87,35 @@ class VisionTokenCallback(TrainerCallback):
                 "The rows are an iterable data set, whose batches accelerate would hand out from one process, with a "
                 'batch\'s images split unlike its prompts: set `accelerator_config={"dispatch_batches": False}`.'
             )
-        self._args = args
+        self._since = time.perf_counter()
+        register_fsdp_forward_method(model, "get_image_features")  # evaluation calls it outside `forward`
         self._remove_hook(model)
-        model._vision_token_hook = model.register_forward_pre_hook(self._arrange, with_kwargs=True)
-        collator = self.collator
-        # A model with adapters calls the loss function of the one inside it.
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if isinstance(model.loss_function, NestedLoss):  # left by a training that was interrupted
-            model.loss_function = model.loss_function.fallback
-        if collator.scheme in ("nested", "distill"):
-            choices = collator.vision_token_choices
-            weight = collator.distillation_weight if collator.scheme == "distill" else 0.0
-            self._loss = NestedLoss(
-                model.loss_function,
-                collator.vision_token_weights,
-                choices.index(max(choices)),
-                weight,
-                collator.distillation_temperature,
-            )
-            model.loss_function = self._loss
+        self._hooks[model] = model.register_forward_pre_hook(self._arrange, with_kwargs=True)
         self.histogram.clear()
         for step in range(state.global_step):
             for micro_step in range(args.gradient_accumulation_steps):
                 samples = self._samples(micro_step, args.per_device_train_batch_size)
-                self.histogram.update(collator.draw(step, micro_step, samples))
+                self.histogram.update(self.collator.draw(step, micro_step, samples))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step
         self.micro_step = 0
         self.drawn = []
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._rows is not None:
+            self._refuse_other_losses()
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self._loss is not None and self._loss.rows is not None:
-            raise ValueError(
-                f"`scheme`={self.collator.scheme!r} weighs the losses of the counts in the model's `loss_function`, which "
-                "was not called: TRL's SFTTrainer and Liger compute the loss without it. Use `Trainer` without Liger, or "
-                "the scheme 'batch' or 'sample'."
-            )
+        now = time.perf_counter()
+        self.totals["training_seconds"] += now - self._since
+        self._since = now
+
+    def on_save(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
@@ -119,25 +124,57 @@ class VisionTokenCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._remove_hook(model)
-        if self._loss is not None:
-            model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            model.loss_function = self._loss.fallback
-            self._loss = None
         drawn = sum(self.histogram.values())
         if drawn and state.is_world_process_zero:
             shares = (f"{count}: {times} ({times / drawn:.1%})" for count, times in sorted(self.histogram.items()))
             logger.warning(f"Vision-token counts drawn over {state.global_step} steps: {', '.join(shares)}.")
 
-    @staticmethod
-    def _remove_hook(model):
-        """Also one that another collator's interrupted training has left."""
-        if hasattr(model, "_vision_token_hook"):
-            model._vision_token_hook.remove()
-            del model._vision_token_hook
+    def compute_loss(self, outputs, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None):
+        """
+        Computes the loss of the batch that the model was last called with: that of all its counts if the scheme is
+        "nested" or "distill", else the usual one. For the Trainer's `compute_loss_func`.
+
+        Args:
+            outputs ([`~transformers.utils.ModelOutput`]): The model's, with `logits`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The batch's, as it was collated.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): The labeled tokens of all the step's
+                micro-batches.
+
+        Returns:
+            `torch.Tensor`: The loss.
+        """
+        logits, places, rows = outputs["logits"], self._places, self._rows
+        self._places = self._rows = None
+        if places is not None:
+            labels = labels.flatten()[places.clamp(min=0)].where(places >= 0, -100)
+        if rows is None:
+            return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
+        collator = self.collator
+        return nested_loss(
+            logits,
+            labels,
+            rows,
+            collator.vision_token_weights,
+            num_items_in_batch,
+            teacher=collator.vision_token_choices.index(max(collator.vision_token_choices)),
+            distillation_weight=collator.distillation_weight if collator.scheme == "distill" else 0.0,
+            temperature=collator.distillation_temperature,
+        )
+
+    def _refuse_other_losses(self):
+        raise ValueError(
+            f"`scheme`={self.collator.scheme!r} weighs the losses of the counts: give the Trainer "
+            "`compute_loss_func=collator.callback.compute_loss`. TRL's SFTTrainer computes a loss of its own beside "
+            "it: use `Trainer`, or the scheme 'batch' or 'sample'."
+        )
+
+    def _remove_hook(self, model):
+        if model in self._hooks:
+            self._hooks.pop(model).remove()
 
     def _samples(self, micro_step: int, batch_size: int) -> range:
         """The samples of a micro-batch, counted over all micro-batches and processes of the step."""
-        args = self._args
+        args = self.args
         first = (micro_step * args.world_size + args.process_index) * args.per_device_train_batch_size
         return range(first, first + batch_size)
 
@@ -145,20 +182,26 @@ class VisionTokenCallback(TrainerCallback):
     def _arrange(self, model, args, kwargs):
         kwargs = dict(kwargs)
         skipped, truncated = kwargs.pop("num_skipped_rows", 0), kwargs.pop("num_truncated_rows", 0)
-        if self._loss is not None:
-            self._loss.rows = None
+        self._places = self._rows = None
         if not model.training:
             return args, kwargs
         collator = self.collator
+        # With a `compute_loss_func` the Trainer keeps labels back: each position's place stands in for its label.
+        keeps_labels = "labels" not in kwargs
+        if keeps_labels:
+            ids = kwargs["input_ids"]
+            kwargs["labels"] = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        elif collator.scheme in NESTED:
+            self._refuse_other_losses()
         counts = collator.draw(self.step, self.micro_step, self._samples(self.micro_step, len(kwargs["input_ids"])))
         self.micro_step += 1
         self.drawn += counts
         self.histogram.update(counts)
         language_model = model.get_decoder()
         one_row = "flash" in (language_model.config._attn_implementation or "")
-        arranged, rows = collator.arrange(kwargs, counts, one_row)
-        if rows is not None:
-            self._loss.rows = rows
+        arranged, self._rows = collator.arrange(kwargs, counts, one_row)
+        if keeps_labels:
+            self._places = arranged.pop("labels")
         grids = arranged.get("vision_token_grids")
         mask = arranged.get("attention_mask")
         self.totals["tokens"] += arranged["input_ids"].numel() if mask is None else mask.sum()
@@ -170,4 +213,4 @@ class VisionTokenCallback(TrainerCallback):
         return args, arranged
 
     def __getstate__(self):
-        return {**self.__dict__, "_loss": None}  # it belongs to the process that trains
+        return {**self.__dict__, "_places": None, "_rows": None}  # which belong to the process that trains

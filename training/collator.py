@@ -5,17 +5,13 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from ..configuration_tokenflex import (
-    check_vision_token_weights,
-    resolve_vision_token_grid,
-    resolve_vision_token_grids,
-)
+from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
 from ..data.examples import Example, to_example
-from ..placeholders_tokenflex import first_placeholders, recount_vision_tokens
+from ..placeholders_tokenflex import at_count, encoded_grids, first_placeholders, place_images
 from .callback import VisionTokenCallback
 from .packing import pack_rows, stack_rows
 from .sampling import draw_num_vision_tokens
-from .schemes import SCHEMES
+from .schemes import NESTED, SCHEMES
 
 
 logger = logging.get_logger(__name__)
@@ -27,9 +23,9 @@ class TokenFlexDataCollator:
     count. Independent questions about one image share its tower pass and its vision tokens: they stand behind each
     other in one row, and `segment_ids` keeps them from seeing each other.
 
-    A collator cannot know where training stands, so it brings a callback that does: the batch is encoded at the largest
-    count, and re-counted to the step's draw when the model is called. Without the callback the count is drawn by
-    (seed, number of the batch within its data loader's process), which does not survive a resume.
+    A collator cannot know where training stands, so it brings a callback that does: the batch is encoded at the
+    largest count, and re-counted to the step's draw when the model is called. Without the callback the count is drawn
+    by (seed, number of the batch within its data loader's process), which does not survive a resume.
 
     Args:
         processor ([`TokenFlexProcessor`]):
@@ -41,8 +37,8 @@ class TokenFlexDataCollator:
         seed (`int`, *optional*):
             The seed of the draws. Defaults to the Trainer's `args.seed`, or 0 without the callback.
         scheme (`str`, *optional*, defaults to `"batch"`):
-            `"batch"` draws one count for each micro-batch (paper), `"sample"` one for each sample; `"nested"` trains on
-            all counts in every step, behind one pass of the vision tower, and averages the losses by the weights;
+            `"batch"` draws one count for each micro-batch (paper), `"sample"` one for each sample; `"nested"` trains
+            on all counts in every step, behind one pass of the vision tower, and averages the losses by the weights;
             `"distill"` is nested, with the smaller counts also following the largest count's distribution of answers.
         packing (`bool`, *optional*, defaults to `False`):
             Whether samples of a micro-batch are put behind each other into as few rows as they fit, kept apart by
@@ -73,7 +69,8 @@ class TokenFlexDataCollator:
     0
     ```
 
-    Training is `Trainer(model, args, data_collator=collator, callbacks=[collator.callback], ...)`.
+    Training is `Trainer(model, args, data_collator=collator, callbacks=[collator.callback], ...)`, and for the schemes
+    "nested" and "distill" also `compute_loss_func=collator.callback.compute_loss`.
     """
 
     def __init__(
@@ -90,7 +87,7 @@ class TokenFlexDataCollator:
     ):
         if (vision_token_choices is None) != (vision_token_weights is None):
             raise ValueError(
-                "Give `vision_token_choices` and `vision_token_weights` together, or neither to use the model config's."
+                "Give `vision_token_choices` and `vision_token_weights` together, or neither for the model config's."
             )
         if vision_token_choices is not None:
             for i, count in enumerate(vision_token_choices):
@@ -100,8 +97,9 @@ class TokenFlexDataCollator:
             raise ValueError(f"`scheme`={scheme!r}: the schemes are {', '.join(SCHEMES)}.")
         if distillation_weight <= 0 or distillation_temperature <= 0:
             raise ValueError(
-                f"`distillation_weight`={distillation_weight} and `distillation_temperature`={distillation_temperature} "
-                "have to be above 0; without distillation the scheme is 'nested'."
+                f"`distillation_weight`={distillation_weight} and "
+                f"`distillation_temperature`={distillation_temperature} have to be above 0; "
+                "without distillation the scheme is 'nested'."
             )
         self.processor = processor
         self.vision_token_choices = vision_token_choices
@@ -114,11 +112,56 @@ class TokenFlexDataCollator:
         self.distillation_temperature = distillation_temperature
         self.check_distillation()
         self.callback = VisionTokenCallback(self)
-        self.follows_trainer = False
         self._num_batches = 0
+
+    @classmethod
+    def from_arguments(
+        cls,
+        processor,
+        args,
+        vision_token_choices: Sequence[int] | None = None,
+        vision_token_weights: Sequence[float] | None = None,
+        max_length: int | None = None,
+    ) -> "TokenFlexDataCollator":
+        """
+        Makes the collator that arguments describe.
+
+        Args:
+            processor ([`TokenFlexProcessor`]): The model's processor.
+            args ([`TokenFlexTrainingArguments`]): Where scheme, packing, distillation and seed stand.
+            vision_token_choices (`Sequence[int]`, *optional*): The counts to draw from. Defaults to the model
+                config's.
+            vision_token_weights (`Sequence[float]`, *optional*): One weight per choice.
+            max_length (`int`, *optional*): The longest sample in tokens, to which longer ones are cut.
+        """
+        return cls(
+            processor,
+            vision_token_choices,
+            vision_token_weights,
+            seed=args.seed,
+            scheme=args.scheme,
+            packing=args.packing,
+            max_length=max_length,
+            distillation_weight=args.distillation_weight,
+            distillation_temperature=args.distillation_temperature,
+        )
 
     def __call__(self, rows: Sequence[dict | Example]) -> dict[str, torch.Tensor]:
         """
+        Args:
+            rows (`Sequence[dict | Example]`): Rows as [`to_example`] takes them or returns them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: With the callback, what [`~TokenFlexDataCollator.collate`] returns, which waits
+            for its step; without it the batch is drawn and packed already.
+        """
+        batch = self.collate(rows)
+        return self._arrange_alone(batch) if self.callback.args is None else batch
+
+    def collate(self, rows: Sequence[dict | Example]) -> dict[str, torch.Tensor]:
+        """
+        Collates a batch at the largest count, whatever is drawn.
+
         Args:
             rows (`Sequence[dict | Example]`): Rows as [`to_example`] takes them or returns them.
 
@@ -127,8 +170,8 @@ class TokenFlexDataCollator:
             `(batch_size, sequence_length)`, and `segment_ids` where a row has several questions; if there are images,
             `pixel_values` of shape `(num_tiles, num_channels, height, width)` and `vision_token_grids` of shape
             `(num_tiles, 2)`, where an uncut image is one tile, and `image_sizes` and `num_tiles` as the processor
-            returns them. With the callback, `num_skipped_rows` and `num_truncated_rows` count the unusable rows that
-            were passed over and those that were cut, if there are any. Without it the batch is drawn and packed already; with it, that waits for the step.
+            returns them. `num_skipped_rows` and `num_truncated_rows` count the unusable rows that were passed over and
+            those that were cut, if there are any.
 
         Raises:
             BadRowError: If a row cannot be used.
@@ -147,8 +190,6 @@ class TokenFlexDataCollator:
         if images:
             batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
             batch = self.recount(batch, max(self.vision_token_choices))
-        if not self.follows_trainer:
-            return self._arrange_alone(batch)
         skipped = sum(example.skipped for example in examples)
         truncated = sum(len(row[0]) < len(before[0]) for row, before in zip(rows, whole))
         counted = {"num_skipped_rows": skipped, "num_truncated_rows": truncated}
@@ -165,8 +206,8 @@ class TokenFlexDataCollator:
         if not any(w for n, w in zip(self.vision_token_choices, self.vision_token_weights) if n != largest):
             raise ValueError(
                 f"`scheme`='distill' with `vision_token_choices`={list(self.vision_token_choices)} and "
-                f"`vision_token_weights`={list(self.vision_token_weights)}: a smaller count with a weight above 0 has to "
-                "learn from the largest. Add one, or use the scheme 'batch'."
+                f"`vision_token_weights`={list(self.vision_token_weights)}: a smaller count with a weight above 0 has "
+                "to learn from the largest. Add one, or use the scheme 'batch'."
             )
 
     def measure(self, row: dict | Example) -> tuple[int, int]:
@@ -185,7 +226,7 @@ class TokenFlexDataCollator:
         return len(ids) + added, max(last_image, first_answer) + 1 + added
 
     def _num_added_tokens(self, example: Example) -> int:
-        """What the images' placeholders, one for each so far, will grow by."""
+        """The tokens by which the images' placeholders, one for each so far, will grow."""
         sizes = [(image.height, image.width) for image in example.images]
         return sum(self.processor.count_vision_tokens(sizes, max(self.vision_token_choices))) - len(sizes)
 
@@ -215,24 +256,23 @@ class TokenFlexDataCollator:
         Makes of a batch at the largest count what a step trains on.
 
         Args:
-            batch (`dict[str, torch.Tensor]`): What the collator returned.
-            counts (`list[int]`): What [`~TokenFlexDataCollator.draw`] returned.
+            batch (`dict[str, torch.Tensor]`): A batch as [`~TokenFlexDataCollator.collate`] returns it.
+            counts (`list[int]`): The counts that [`~TokenFlexDataCollator.draw`] returned.
             one_row (`bool`, *optional*, defaults to `False`): Pack in the form that flash attention takes.
 
         Returns:
-            `tuple[dict[str, torch.Tensor], torch.LongTensor | None]`: The model's inputs, and, if the batch was nested,
-            the row of every position among the rows of all counts, -1 for padding.
+            `tuple[dict[str, torch.Tensor], torch.LongTensor | None]`: The model's inputs, and, if the batch was
+            nested, the row of every position among the rows of all counts, -1 for padding.
         """
         processor = self.processor
         pad_token_id = processor.tokenizer.pad_token_id
-        nested = self.scheme in ("nested", "distill") and "vision_token_grids" in batch
+        nested = self.scheme in NESTED and "vision_token_grids" in batch
         if nested:
             batch = stack_rows([self.recount(batch, count) for count in counts], pad_token_id)
         elif "vision_token_grids" in batch:
             if self.scheme == "sample":
                 input_ids = batch["input_ids"]
-                lengths = batch["vision_token_grids"].prod(-1)
-                first = first_placeholders(input_ids, lengths, processor.image_token_id)
+                first = first_placeholders(input_ids, encoded_grids(batch, processor), processor.image_token_id)
                 counts = [counts[row] for row in (first // input_ids.shape[1]).tolist()]
             batch = self.recount(batch, counts if self.scheme == "sample" else counts[0])
         if not nested and not self.packing:
@@ -248,17 +288,13 @@ class TokenFlexDataCollator:
             batch (`dict[str, torch.Tensor]`): A batch with images, at any count.
             num_vision_tokens (`int` or `list[int]`): The count for all images, or one per tile.
         """
-        processor = self.processor
-        sizes = batch.get("image_sizes")
-        sizes = None if sizes is None else sizes.tolist()
-        num_tiles = len(batch["vision_token_grids"])
-        grids = resolve_vision_token_grids(num_vision_tokens, num_tiles, processor.patch_grid, image_sizes=sizes)
-        return recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
+        return at_count(batch, num_vision_tokens, self.processor, self.processor.tokenizer.pad_token_id)
 
     def _arrange_alone(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self.scheme in ("nested", "distill"):
+        if self.scheme in NESTED:
             raise ValueError(
-                f"`scheme`={self.scheme!r} changes the loss and needs `callbacks=[collator.callback]` in the Trainer."
+                f"`scheme`={self.scheme!r} changes the loss: give the Trainer `callbacks=[collator.callback]` and "
+                "`compute_loss_func=collator.callback.compute_loss`."
             )
         if self._num_batches == 0:
             logger.warning(
@@ -266,6 +302,9 @@ class TokenFlexDataCollator:
                 "draw other counts. Give the Trainer `callbacks=[collator.callback]`."
             )
         self._num_batches += 1
+        batch = {
+            name: value for name, value in batch.items() if name not in ("num_skipped_rows", "num_truncated_rows")
+        }
         counts = self.draw(self._num_batches - 1, samples=range(len(batch["input_ids"])))
         return self.arrange(batch, counts)[0]
 
@@ -292,8 +331,8 @@ class TokenFlexDataCollator:
         needed = self.measure(example)[1]
         if needed > self.max_length:
             raise ValueError(
-                f"A row needs {needed} tokens up to its last image and the beginning of its answer, but `max_length` is "
-                f"{self.max_length}: an image is never cut. Allow {needed}, or use fewer vision tokens."
+                f"A row needs {needed} tokens up to its last image and the beginning of its answer, but `max_length` "
+                f"is {self.max_length}: an image is never cut. Allow {needed}, or use fewer vision tokens."
             )
         return tuple(column[:end] for column in row)
 
@@ -352,27 +391,3 @@ class TokenFlexDataCollator:
             "labels": padded(1, -100),
         }
         return {**batch, "segment_ids": segment_ids} if (segment_ids > 0).any() else batch
-
-
-def place_images(
-    batch: dict[str, torch.Tensor], processed_images: dict[str, torch.Tensor], processor
-) -> dict[str, torch.Tensor]:
-    """
-    Joins prompts that hold one placeholder per image with the processed images; every tile gets one vision token, to be
-    re-counted.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): Tensors that run along the sequence.
-        processed_images (`dict[str, torch.Tensor]`): What the processor makes of the images alone.
-        processor ([`TokenFlexProcessor`]): The processor.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Both, with a placeholder and a grid of (1, 1) for each tile.
-    """
-    num_tiles = processed_images.get("num_tiles")
-    if num_tiles is not None:
-        batch = {**batch, "vision_token_grids": torch.ones(len(num_tiles), 2, dtype=torch.long)}
-        grids = [(1, tiles) for tiles in num_tiles.tolist()]
-        batch = recount_vision_tokens(batch, grids, processor.image_token_id, processor.tokenizer.pad_token_id)
-    grids = torch.ones(len(processed_images["pixel_values"]), 2, dtype=torch.long)
-    return {**batch, **processed_images, "vision_token_grids": grids}

@@ -3,7 +3,6 @@
 import functools
 from types import MethodType
 
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from ..modeling_tokenflex import TokenFlexCausalLMOutputWithPast, TokenFlexForConditionalGeneration
@@ -12,8 +11,8 @@ from ..modeling_tokenflex import TokenFlexCausalLMOutputWithPast, TokenFlexForCo
 def register_liger() -> None:
     """
     Tells the package liger-kernel of this model, so that `TrainingArguments(use_liger_kernel=True)` works: the
-    language model gets the kernels that Liger has for its type, and the head is fused with the loss, so that a training
-    step never holds the logits. Called once, before training.
+    language model gets the kernels that Liger has for its type, and the head is fused with the loss, so that a
+    training step never holds the logits. Called once, before training.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -30,15 +29,15 @@ def apply_liger_kernels(
     fused_linear_cross_entropy: bool = True,
 ) -> None:
     """
-    Applies Liger's kernels to one model. Like Liger's own functions this replaces parts of transformers' module for the
-    language model, so that models made from then on have them too.
+    Applies Liger's kernels to one model. Like Liger's own functions this replaces parts of transformers' module for
+    the language model, so that models made from then on have them too.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]):
             The model, which is changed in place.
         rope, rms_norm, swiglu, geglu (`bool`, *optional*, default to `True`):
-            Whether the language model's rotary embedding, norms and gated layers are replaced, as far as Liger has them
-            for its type.
+            Whether the language model's rotary embedding, norms and gated layers are replaced, as far as Liger has
+            them for its type.
         cross_entropy (`bool`, *optional*, defaults to `False`):
             Whether the loss of given logits is replaced.
         fused_linear_cross_entropy (`bool`, *optional*, defaults to `True`):
@@ -77,8 +76,9 @@ def _fused_forward(self, *args, labels=None, logits_to_keep=0, skip_logits=None,
         return type(self).forward(self, *args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     outputs = self.model(*args, return_dict=True, **kwargs)
     text_config = self.config.text_config
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     loss = LigerForCausalLMLoss(
-        slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous(),
+        outputs.last_hidden_state[:, kept, :].contiguous(),
         self.lm_head.weight,
         labels,
         hidden_size=text_config.hidden_size,
@@ -90,5 +90,5 @@ def _fused_forward(self, *args, labels=None, logits_to_keep=0, skip_logits=None,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
-        image_hidden_states=outputs.image_hidden_states,
+        image_outputs=outputs.image_outputs,
     )

@@ -27,7 +27,7 @@ def lora_config(
         rank (`int`, *optional*, defaults to 16): The rank of each adapter.
         alpha (`int`, *optional*, defaults to 32): Adapters are scaled by `alpha / rank`.
         dropout (`float`, *optional*, defaults to 0.0): The dropout on the adapters' inputs.
-        vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower's layers get adapters too.
+        vision_tower (`bool`, *optional*, defaults to `False`): Give the vision tower's layers adapters too.
 
     Returns:
         `peft.LoraConfig`: For [`add_adapters`], `peft.get_peft_model` or TRL's `peft_config`.
@@ -69,7 +69,7 @@ def lora_config(
 
 def add_adapters(model: TokenFlexForConditionalGeneration, config):
     """
-    `peft.get_peft_model` with all that is trained in float32, also in a model of a narrower dtype or quantised: there
+    `peft.get_peft_model` with all that is trained in float32, also in a model of a narrower dtype or quantized: there
     PEFT widens adapters, but would train the projector in bfloat16, where small updates are lost to rounding.
 
     Args:
@@ -108,7 +108,7 @@ def merge_adapters(
 
     Args:
         base (`str` or `Path`):
-            Hub id or folder of the checkpoint, as it was before it was adapted, and not quantised.
+            Hub id or folder of the checkpoint, as it was before it was adapted, and not quantized.
         adapter (`str` or `Path`):
             Hub id or folder of the adapters, as `PeftModel.save_pretrained` or the `Trainer` wrote it.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
@@ -119,7 +119,7 @@ def merge_adapters(
         [`~tokenflex.checkpoints.files.save_checkpoint`].
 
     Raises:
-        ValueError: If `base` is a quantised checkpoint.
+        ValueError: If `base` is a quantized checkpoint.
 
     Example:
 
@@ -140,8 +140,8 @@ def merge_adapters(
 
     if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None:
         raise ValueError(
-            f"`base`={str(base)!r} holds quantised weights, to which adapters cannot be added without rounding them "
-            "again: name the checkpoint from which it was quantised."
+            f"`base`={str(base)!r} holds quantized weights, to which adapters cannot be added without rounding them "
+            "again: name the checkpoint from which it was quantized."
         )
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -149,12 +149,12 @@ def merge_adapters(
 
 def nf4_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """
-    QLoRA's quantisation ([arXiv 2305.14314](https://huggingface.co/papers/2305.14314)): 4-bit NormalFloat with
-    quantised constants. As `quantization_config` of `from_pretrained` it leaves vision tower, projector and head as
+    QLoRA's quantization ([arXiv 2305.14314](https://huggingface.co/papers/2305.14314)): 4-bit NormalFloat with
+    quantized constants. As `quantization_config` of `from_pretrained` it leaves vision tower, projector and head as
     they are. Needs the package bitsandbytes.
 
     Args:
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): What products are computed in.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): The dtype of products.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,

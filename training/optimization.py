@@ -21,7 +21,8 @@ class MuonAdamW(torch.optim.Optimizer):
     >>> from torch import nn
     >>> from tokenflex.training.optimization import MuonAdamW
 
-    >>> [len(group["params"]) for group in MuonAdamW(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), lr=1e-3).param_groups]
+    >>> optimizer = MuonAdamW(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), lr=1e-3)
+    >>> [len(group["params"]) for group in optimizer.param_groups]
     [1, 3]
     ```
     """
@@ -55,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self):
-        """The parts step on this optimizer's groups and state, so that schedulers and checkpoints see one optimizer."""
+        """The parts step on this optimizer's groups and state, so that schedulers and checkpoints see one."""
         position = 0
         for part in self.parts:
             part.state = self.state

@@ -13,7 +13,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Args:
         lengths (`Sequence[int]`): The items' lengths, none above `capacity`.
-        capacity (`int`): What a bin holds.
+        capacity (`int`): The size of a bin.
 
     Returns:
         `list[list[int]]`: The items of each bin.
@@ -68,11 +68,11 @@ def plan_rows(lengths: Sequence[int]) -> list[list[int]]:
 
 def stack_rows(batches: Sequence[dict[str, torch.Tensor]], pad_token_id: int | None = None) -> dict[str, torch.Tensor]:
     """
-    The rows of several re-counts of one batch below each other; the images stay single, and `image_indices` says which
-    of them each run of placeholders shows.
+    Puts the rows of several re-counts of one batch below each other; images stay single, and `image_indices` says
+    which of them each run of placeholders shows.
 
     Args:
-        batches (`Sequence[dict[str, torch.Tensor]]`): What [`recount_vision_tokens`] makes of one batch, padded right.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Re-counts of one batch by [`at_count`], padded right.
         pad_token_id (`int`, *optional*): The id that pads `input_ids`.
     """
     length = max(batch["input_ids"].shape[1] for batch in batches)
@@ -96,9 +96,9 @@ def pack_rows(
     one_row: bool = False,
 ) -> tuple[dict[str, torch.Tensor], torch.LongTensor]:
     """
-    Moves a batch's rows together ([`plan_rows`]), so that little is padding. Samples keep apart: `sample_ids` gives each
-    its own positions and attention, and `image_indices` its own images. A batch that nothing is gained by comes back as
-    it is.
+    Moves a batch's rows together ([`plan_rows`]), so that little is padding. Samples keep apart: `sample_ids` gives
+    each its own positions and attention, and `image_indices` its own images. A batch that nothing is gained by comes
+    back as it is.
 
     Args:
         batch (`dict[str, torch.Tensor]`): A collator's batch.
@@ -156,7 +156,7 @@ def pack_rows(
     else:
         packed["sample_ids"] = moved(torch.cat(samples).to(device), -1)
     if batch.get("vision_token_grids") is not None:
-        first = first_placeholders(input_ids, batch["vision_token_grids"].prod(-1), image_token_id)
+        first = first_placeholders(input_ids, batch["vision_token_grids"].tolist(), image_token_id)
         of_row = {row: [] for row in order}
         for image, row in enumerate((first // length).tolist()):
             of_row[row].append(image)

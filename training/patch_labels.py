@@ -34,8 +34,8 @@ class PatchLabelModel(nn.Module):
             patch_labels (`torch.Tensor` of shape `(batch_size, 16, 16, 5)`): Dense labels, see `LABEL_KINDS`.
 
         Returns:
-            `dict`: `loss`, the cross-entropy, a mean over cells that hold something plus one over empty cells, summed over
-            kinds of label.
+            `dict`: `loss`, the cross-entropy, a mean over cells that hold something plus one over empty cells, summed
+            over kinds of label.
         """
         logits = self.head(self.vision_tower(pixel_values).last_hidden_state)
         logits = logits.view(-1, sum(LABEL_KINDS.values()))  # (batch * patches * cells, classes)

@@ -1,4 +1,4 @@
-"""What a trainer publishes on the Hub: a checkpoint's own files and its card, and nothing else of a run's folder."""
+"""Publishing from a trainer: a checkpoint's own files and its card, and nothing else of a run's folder."""
 
 import json
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from ..hub.push import push_checkpoint
 logger = logging.get_logger(__name__)
 
 ADAPTERS = (
-    "these are adapters, not a model: merge them with `merge_adapters`, save with `save_checkpoint`, and publish that with "
-    "`tokenflex push`; or publish the adapters alone with the model's `push_to_hub`."
+    "these are adapters, not a model: merge them with `merge_adapters`, save with `save_checkpoint`, and publish that "
+    "with `tokenflex push`; or publish the adapters alone with the model's `push_to_hub`."
 )
 
 
@@ -37,8 +37,8 @@ class PublishingMixin:
     def __init__(self, model, args, *rest, **kwargs):
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
-                f"`hub_strategy`={args.hub_strategy.value!r} publishes optimizer states and arguments with their paths: use "
-                "'end' or 'every_save', which publish checkpoints alone."
+                f"`hub_strategy`={args.hub_strategy.value!r} publishes optimizer states and arguments with their "
+                "paths: use 'end' or 'every_save', which publish checkpoints alone."
             )
         if args.push_to_hub and hasattr(model, "peft_config"):
             raise ValueError(f"`push_to_hub`=True: {ADAPTERS}")
@@ -59,17 +59,17 @@ class PublishingMixin:
         finetuned_from: str | list[str] | None = None,
     ):
         """
-        Saves the model and publishes it, with the card of `tokenflex push`. If there is an `eval_dataset`, the weights are
-        evaluated on it first, so that the scores are theirs. Every process has to call it.
+        Saves the model and publishes it, with the card of `tokenflex push`. If there is an `eval_dataset`, the weights
+        are evaluated on it first, so that the scores are theirs. Every process has to call it.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`): The commit's.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload.
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload.
             token (`str`, *optional*): Defaults to the arguments' `hub_token`, else that of the login.
             revision (`str`, *optional*): The branch. Defaults to the arguments' `hub_revision`.
-            private (`bool`, *optional*): Whether a new repository is private. Defaults to `hub_private_repo`.
-            license (`str`, *optional*): The checkpoint's licence.
-            language (`str` or `list[str]`, *optional*, defaults to `"en"`): What the model understands.
+            private (`bool`, *optional*): Make a new repository private. Defaults to `hub_private_repo`.
+            license (`str`, *optional*): The checkpoint's license.
+            language (`str` or `list[str]`, *optional*, defaults to `"en"`): The languages of the model.
             tags (`str` or `list[str]`, *optional*): Further tags.
             dataset (`str` or `list[str]`, *optional*): Hub ids of the training data.
             finetuned_from (`str` or `list[str]`, *optional*): Hub ids of what the model was built from.
@@ -90,7 +90,7 @@ class PublishingMixin:
         folder = Path(self.args.output_dir)
         write_file(folder / PROVENANCE_NAME, json.dumps(self.describe_stage(), indent=2) + "\n")
         card = {
-            "licence": license,
+            "license": license,
             "languages": _as_list(language) or ["en"],
             "tags": _as_list(tags),
             "datasets": _as_list(dataset),
@@ -105,8 +105,8 @@ class PublishingMixin:
 
         Args:
             folder (`str` or `Path`): The checkpoint.
-            evaluations (`Sequence[Path]`, *optional*): What [`~PublishingMixin.evaluate_to_publish`] returned.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload.
+            evaluations (`Sequence[Path]`, *optional*): Folders from [`~PublishingMixin.evaluate_to_publish`].
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload.
             options: As for [`push_checkpoint`]; what is `None` is the arguments'.
         """
         args = self.args
@@ -123,7 +123,7 @@ class PublishingMixin:
         Scores the present weights on the `eval_dataset` as `tokenflex eval` does, into `<output_dir>/evaluation`.
 
         Args:
-            source (`dict`, *optional*): What to call the data: `dataset`, a list of names, and `dataset_split`.
+            source (`dict`, *optional*): Names of the data: `dataset`, a list of names, and `dataset_split`.
 
         Returns:
             `list[Path]`: A folder for each set; none if there is no set, or weights are shared out between processes.
@@ -161,17 +161,17 @@ class PublishingMixin:
         How the present weights came about.
 
         Args:
-            start (`dict`, *optional*): The provenance of the checkpoint that training began with. Defaults to what is known of the
-                one that the model was loaded from.
+            start (`dict`, *optional*): The provenance of the checkpoint that training began with. Defaults to what is
+                known of the one that the model was loaded from.
             data (`list[str]`, *optional*): Names of the training data.
-            facts: What else they depend on.
+            facts: Further things that they depend on.
 
         Returns:
             `dict`: The checkpoint's provenance, as [`add_stage`] returns it.
         """
         args, collator = self.args, self.data_collator
         if start is None:
-            name = getattr(self.model.config, "_name_or_path", "")
+            name = self.model.config.name_or_path
             start = read_provenance(name) if name else {"base_models": [], "stages": []}
         return add_stage(
             start,
@@ -187,7 +187,8 @@ class PublishingMixin:
             **facts,
         )
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def publish_checkpoint(self, checkpoint_folder: str | Path) -> None:
+        """Publishes a checkpoint on the way, if `hub_strategy` says so; what fails is logged, and training goes on."""
         if self.args.hub_strategy != HubStrategy.EVERY_SAVE or not self.is_world_process_zero():
             return
         try:

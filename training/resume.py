@@ -1,13 +1,14 @@
-"""What a run goes on from, and whether what stands in its folder is that run."""
+"""The checkpoint that a run goes on from, and the check that its folder holds this very run."""
 
 import json
+import shutil
 import uuid
 from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
 from transformers import AutoConfig
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..checkpoints.files import write_file
 from .arguments import TokenFlexTrainingArguments
@@ -15,19 +16,61 @@ from .arguments import TokenFlexTrainingArguments
 
 # Of the Trainer's own arguments, those on which the weights depend.
 DECISIVE = (
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args",
-    "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "average_tokens_across_devices", "bf16", "fp16", "seed",
-    "data_seed", "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "neftune_noise_alpha",
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
+    "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "average_tokens_across_devices", "bf16", "fp16", "seed", "data_seed",
+    "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "neftune_noise_alpha",
     "accelerator_config", "load_best_model_at_end", "world_size",
 )  # fmt: skip
 INDECISIVE = ("resume_from_checkpoint", "remove_unused_columns", "eval_max_new_tokens")
 GROWING = ("num_train_epochs", "max_steps")  # a run may be prolonged
 STARTED, ENDED = "arguments.json", "finished.json"
+INCOMPLETE = ".incomplete"
+
+
+def mark_incomplete(checkpoint: str | Path) -> Path:
+    """
+    Marks a checkpoint as one that is not whole, before its first file is written or deleted.
+
+    Args:
+        checkpoint (`str` or `Path`): The folder, which need not exist.
+
+    Returns:
+        `Path`: The mark, an empty file beside the folder, to be deleted when the folder is whole or gone.
+    """
+    mark = Path(f"{checkpoint}{INCOMPLETE}")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return mark
+
+
+def is_incomplete(checkpoint: str | Path) -> bool:
+    """Tells if a killed run, of whatever folder, left the checkpoint half written or half deleted."""
+    return Path(f"{Path(checkpoint)}{INCOMPLETE}").exists()
+
+
+def delete_checkpoint(checkpoint: str | Path) -> None:
+    """Deletes a checkpoint so that no half of it is ever taken for a whole one."""
+    mark = mark_incomplete(checkpoint)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    if not Path(checkpoint).exists():
+        mark.unlink(missing_ok=True)
+
+
+def clean_up(run: str | Path) -> None:
+    """
+    Deletes the checkpoints that a killed run left incomplete.
+
+    Args:
+        run (`str` or `Path`): The run's `output_dir`.
+    """
+    for mark in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*{INCOMPLETE}"):
+        delete_checkpoint(mark.with_suffix(""))
 
 
 def describe_run(model_args, data_args, eval_args, args: TokenFlexTrainingArguments) -> dict:
-    """The arguments on which a run's weights depend, as JSON knows them; and, if a run made it, which one made its start."""
+    """The arguments on which a run's weights depend, as in JSON, and the run that made its start, if one did."""
     own = [
         field.name
         for field in fields(args)
@@ -55,7 +98,7 @@ def end_run(output_dir: str | Path, described: dict) -> None:
 
 
 def has_ended(output_dir: str | Path, described: dict) -> bool:
-    """Whether this very run has been trained to its end."""
+    """Tells if this very run has been trained to its end."""
     ended = Path(output_dir) / ENDED
     final = Path(output_dir) / "final" / "config.json"
     return final.is_file() and ended.is_file() and json.loads(ended.read_text())["arguments"] == described
@@ -68,7 +111,7 @@ def find_checkpoint(resume: str, output_dir: str | Path, described: dict) -> str
     Args:
         resume (`str`): `"auto"`, `"true"`, `"false"` or a folder.
         output_dir (`str` or `Path`): The run's folder.
-        described (`dict`): What [`describe_run`] returns.
+        described (`dict`): The run, as [`describe_run`] returns it.
 
     Returns:
         `str`, *optional*: The folder, `None` to start anew.
@@ -81,12 +124,12 @@ def find_checkpoint(resume: str, output_dir: str | Path, described: dict) -> str
     if resume.lower() == "false":
         if last is not None:
             raise ValueError(
-                f"`resume_from_checkpoint`=false: {output_dir} holds the checkpoints of a run, with which those of a new "
-                "one would be mixed. Name another `output_dir`, or delete them."
+                f"`resume_from_checkpoint`=false: {output_dir} holds the checkpoints of a run, with which those of a "
+                "new one would be mixed. Name another `output_dir`, or delete them."
             )
         return None
     if resume.lower() not in ("auto", "true"):
-        if not (Path(resume) / "trainer_state.json").is_file():
+        if is_incomplete(resume) or not (Path(resume) / "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint`={resume!r} is no checkpoint of a training run.")
         return resume
     if last is None and resume.lower() == "true":
@@ -101,8 +144,8 @@ def find_checkpoint(resume: str, output_dir: str | Path, described: dict) -> str
         ]
         if differing:
             raise ValueError(
-                f"{output_dir} holds another run, which differs in {', '.join(differing)}: name another `output_dir`, or a "
-                "checkpoint as `resume_from_checkpoint` to go on from it all the same."
+                f"{output_dir} holds another run, which differs in {', '.join(differing)}: name another `output_dir`, "
+                "or a checkpoint as `resume_from_checkpoint` to go on from it all the same."
             )
     return last
 

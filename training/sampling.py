@@ -17,8 +17,8 @@ def draw_num_vision_tokens(
     sample: int | None = None,
 ) -> int:
     """
-    Draws the vision-token count of one micro-batch (paper, claim "draws the token count at random per step"). There is no
-    state: every rank and every resumed run draws the same, whatever else was drawn before.
+    Draws the vision-token count of one micro-batch (paper, claim "draws the token count at random per step"). There is
+    no state: every rank and every resumed run draws the same, whatever else was drawn before.
 
     Args:
         choices (`Sequence[int]`): The counts to draw from.

@@ -1,4 +1,4 @@
-"""What a step trains on: one drawn count, one per sample, or all of them at once."""
+"""The counts that a step trains at: one that is drawn, one per sample, or all of them at once, with their loss."""
 
 from collections.abc import Sequence
 
@@ -12,84 +12,63 @@ SCHEMES = {
     "nested": "every count in every step, behind one pass of the vision tower; losses averaged by weight",
     "distill": "as nested, and the answers at smaller counts follow the distribution at the largest",
 }
+NESTED = ("nested", "distill")
 
 
-class NestedLoss:
+def nested_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    rows: torch.LongTensor,
+    weights: Sequence[float],
+    num_items_in_batch: int | torch.Tensor | None = None,
+    teacher: int = -1,
+    distillation_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     """
-    The loss of a batch that holds every sample at several counts: the mean of the counts' losses by weight, and with
-    distillation the divergence of each smaller count's answers from the largest count's. It takes the place of a
-    model's `loss_function`; batches that were not nested get the function it replaces.
+    Computes the loss of a batch that holds every sample at several counts: the mean of the counts' losses by weight,
+    and with distillation the divergence of each smaller count's answers from the largest count's.
 
     Args:
-        fallback (`Callable`): The model's own loss function.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): The model's.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not yet shifted.
+        rows (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            The row of every position among the rows of all counts, as [`~TokenFlexDataCollator.arrange`] returns it.
         weights (`Sequence[float]`): One weight per count; they need not sum to one.
-        teacher (`int`): The position of the largest count.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+            The labeled tokens, each sample counted once, of all micro-batches of the step. Defaults to those here.
+        teacher (`int`, *optional*, defaults to -1): The position of the largest count.
         distillation_weight (`float`, *optional*, defaults to 0.0):
             The weight of the divergence beside the loss; 0 turns it off.
         temperature (`float`, *optional*, defaults to 1.0):
-            What logits are divided by before they are compared; the divergence is scaled by its square, so that the
-            size of its gradient stays ([Hinton et al., 2015](https://huggingface.co/papers/1503.02531)).
+            The number that logits are divided by before they are compared; the divergence is scaled by its square, so
+            that the size of its gradient stays ([Hinton et al., 2015](https://huggingface.co/papers/1503.02531)).
 
     Example:
 
     ```python
     >>> import torch
-    >>> from tokenflex.training.schemes import NestedLoss
+    >>> from tokenflex.training.schemes import nested_loss
 
-    >>> loss = NestedLoss(fallback=None, weights=[1, 3], teacher=1)
-    >>> loss.rows = torch.tensor([[0, 0], [1, 1]])
     >>> logits, labels = torch.tensor([[[0.0, 0.0], [0, 0]], [[0, 9], [0, 0]]]), torch.tensor([[-100, 1], [-100, 1]])
-    >>> round(loss(logits, labels, vocab_size=2).item(), 3)
+    >>> round(nested_loss(logits, labels, rows=torch.tensor([[0, 0], [1, 1]]), weights=[1, 3]).item(), 3)
     0.173
     ```
     """
-
-    def __init__(
-        self,
-        fallback,
-        weights: Sequence[float],
-        teacher: int,
-        distillation_weight: float = 0.0,
-        temperature: float = 1.0,
-    ):
-        self.fallback = fallback
-        self.weights = [weight / sum(weights) for weight in weights]
-        self.teacher = teacher
-        self.distillation_weight = distillation_weight
-        self.temperature = temperature
-        self.rows = None
-
-    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
-        """
-        Args:
-            logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): The model's.
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not yet shifted.
-            vocab_size (`int`): The width of `logits`.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
-                The labelled tokens, each sample counted once, of all micro-batches of the step.
-        """
-        if self.rows is None:
-            return self.fallback(
-                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
-            )
-        rows, self.rows = self.rows, None
-        labelled = labels[:, 1:] != -100
-        # Sorted by the row they came from, every count has the same tokens in the same order.
-        order = rows[:, 1:][labelled].argsort(stable=True)
-        counts = len(self.weights)
-        targets = labels[:, 1:][labelled][order]
-        scores = logits[:, :-1][labelled][order].float()
-        losses = functional.cross_entropy(scores, targets, reduction="none").view(counts, -1).sum(-1)
-        weights = torch.tensor(self.weights, device=losses.device)
-        total = (weights * losses).sum()
-        if self.distillation_weight:
-            total = total + self.distillation_weight * self._divergence(scores.view(counts, -1, vocab_size), weights)
-        return total / (len(targets) / counts if num_items_in_batch is None else num_items_in_batch)
-
-    def _divergence(self, scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        log_probabilities = (scores / self.temperature).log_softmax(-1)
-        wanted = log_probabilities[self.teacher].detach().expand_as(scores)
+    labeled = labels[:, 1:] != -100
+    # Sorted by the row they came from, every count has the same tokens in the same order.
+    order = rows[:, 1:][labeled].argsort(stable=True)
+    targets = labels[:, 1:][labeled][order]
+    scores = logits[:, :-1][labeled][order].float()
+    weights = torch.tensor(weights, dtype=torch.float32, device=scores.device)
+    weights = weights / weights.sum()
+    losses = functional.cross_entropy(scores, targets, reduction="none").view(len(weights), -1).sum(-1)
+    total = (weights * losses).sum()
+    if distillation_weight:
+        log_probabilities = (scores.view(len(weights), -1, scores.shape[-1]) / temperature).log_softmax(-1)
+        wanted = log_probabilities[teacher].detach().expand_as(log_probabilities)
         divergence = functional.kl_div(log_probabilities, wanted, reduction="none", log_target=True).sum((1, 2))
         students = weights.clone()
-        students[self.teacher] = 0
-        return self.temperature**2 * (students / students.sum() * divergence).sum()
+        students[teacher] = 0
+        total = total + distillation_weight * temperature**2 * (students / students.sum() * divergence).sum()
+    return total / (len(targets) / len(weights) if num_items_in_batch is None else num_items_in_batch)

@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import public_names, read_provenance
-from ..data.loading import DataArguments, load_rows
+from ..data.arguments import DataArguments, SourceArguments
+from ..data.loading import load_rows
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
 from .collator import TokenFlexDataCollator
 from .lora import add_adapters, lora_config, merge_adapters, nf4_config
-from .resume import begin_run, check_same_model, describe_run, end_run, find_checkpoint, has_ended
-from .trainer import TokenFlexTrainer, clean_up
+from .resume import begin_run, check_same_model, clean_up, describe_run, end_run, find_checkpoint, has_ended
+from .trainer import TokenFlexTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ def _freeze_idle(model: nn.Module) -> None:
 
 
 def _gathered(parameters: list[nn.Parameter]):
-    """What makes weights whole that DeepSpeed's ZeRO-3 has shared out on loading."""
+    """A context in which weights are whole that DeepSpeed's ZeRO-3 has shared out on loading."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
@@ -119,8 +120,8 @@ def train(
     if model_args.lora_rank:
         if frozen:
             raise ValueError(
-                f"`freeze`={frozen} with `lora_rank`={model_args.lora_rank}: adapters freeze what they do not adapt. Leave "
-                "`freeze` out, or over a recipe say `--freeze none`."
+                f"`freeze`={frozen} with `lora_rank`={model_args.lora_rank}: adapters freeze what they do not adapt. "
+                "Leave `freeze` out, or over a recipe say `--freeze none`."
             )
         config = lora_config(
             model,
@@ -141,26 +142,14 @@ def train(
     weights = model_args.vision_token_weights
     if choices is None and weights is None:
         choices, weights = list(model.config.vision_token_choices), list(model.config.vision_token_weights)
-    collator = TokenFlexDataCollator(
-        processor,
-        choices,
-        weights,
-        seed=args.seed,
-        scheme=args.scheme,
-        packing=args.packing,
-        max_length=data_args.max_length if data_args.on_long_row == "truncate" else None,
-        distillation_weight=args.distillation_weight,
-        distillation_temperature=args.distillation_temperature,
-    )
+    max_length = data_args.max_length if data_args.on_long_row == "truncate" else None
+    collator = TokenFlexDataCollator.from_arguments(processor, args, choices, weights, max_length)
     special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(
-        **vars(data_args), special_tokens=special_tokens, seed=args.seed, measure=collator.measure, endless=True
-    )
+    rows = load_rows(data_args, special_tokens, collator.measure, args.seed, endless=True)
     eval_rows = None
     if eval_args.eval_dataset is not None:
-        eval_rows = load_rows(
-            eval_args.eval_dataset, eval_args.eval_dataset_split, data_args.image_folder, special_tokens=special_tokens
-        )
+        sources = SourceArguments([eval_args.eval_dataset], eval_args.eval_dataset_split, data_args.image_folder)
+        eval_rows = load_rows(sources, special_tokens)
     pushes, args.push_to_hub = args.push_to_hub, False  # the whole model, once, when it is done
     trainer = TokenFlexTrainer(
         model, args, collator, processing_class=processor, train_dataset=rows, eval_dataset=eval_rows
@@ -189,8 +178,8 @@ def _publish(trainer: TokenFlexTrainer, final: Path, evaluations: list[Path]) ->
     except (ValueError, ConnectionError) as error:
         scores = f"--evaluation {' '.join(map(str, evaluations))}" if evaluations else "--without_evaluation"
         raise type(error)(
-            f"{error} The checkpoint is in {final}: `tokenflex push --model_name_or_path {final} --repo_id NAME {scores}` "
-            "publishes it."
+            f"{error} The checkpoint is in {final}: `tokenflex push --model_name_or_path {final} --repo_id NAME "
+            f"{scores}` publishes it."
         ) from None
 
 
@@ -231,22 +220,35 @@ def train_stages(recipes: list[Path], argv: list[str]) -> Path:
     parser, stages = make_parser(), []
     for recipe in recipes:  # all of them before the first stage begins, so that a slip in the last shows at once
         start = ["--model_name_or_path", str(Path(stages[-1][-1].output_dir, "final"))] if stages else []
-        arguments = [*read_recipe(recipe, parser._actions), *argv, *start]
+        arguments = [*read_recipe(recipe, parser.fields), *argv, *start]
         stages.append(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[:4])
         args = stages[-1][-1]
         if len(recipes) > 1:
             args.output_dir = str(Path(args.output_dir) / recipe.stem)
             if (args.resume_from_checkpoint or "auto") not in ("auto", "false"):
                 raise ValueError(
-                    f"`resume_from_checkpoint`={args.resume_from_checkpoint!r} with several stages: use auto, or false."
+                    f"`resume_from_checkpoint`={args.resume_from_checkpoint!r} with several stages: use auto or false."
                 )
     for stage in stages:
         final = train(*stage)
     return final
 
 
-def make_parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
+class RecipeParser(HfArgumentParser):
+    """An `HfArgumentParser` that knows its `fields` by their names, for [`read_recipe`]."""
+
+    def __init__(self, *args, **kwargs):
+        self.fields = {}
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.fields[action.dest] = action
+        return action
+
+
+def make_parser() -> RecipeParser:
+    parser = RecipeParser(
         (ModelArguments, DataArguments, EvaluationArguments, TokenFlexTrainingArguments),
         prog="tokenflex train",
         description="Train a TokenFLEX checkpoint with vision-token counts drawn per step.",

@@ -1,17 +1,15 @@
-"""The Trainer with what flexible token counts add: their figures, their scores, and checkpoints that are whole or not there."""
+"""The Trainer with flexible token counts: their figures and scores in the log, and checkpoints that survive a kill."""
 
-import os
-import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from ..evaluation.sweep import predict, score
 from .arguments import TokenFlexTrainingArguments
@@ -19,11 +17,8 @@ from .collator import TokenFlexDataCollator
 from .liger import register_liger
 from .optimization import MuonAdamW
 from .publishing import PublishingMixin
-
-
-logger = logging.get_logger(__name__)
-
-INCOMPLETE, REPLACED = ".incomplete", "replaced-"
+from .resume import clean_up, delete_checkpoint, is_incomplete, mark_incomplete
+from .schemes import NESTED
 
 
 class ProgressBar(ProgressCallback):
@@ -38,11 +33,29 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(figures, skipped_rows=logs.get("skipped_rows", 0))
 
 
+class CheckpointCallback(TrainerCallback):
+    """
+    Ends the checkpoints that a [`TokenFlexTrainer`] writes; made by it.
+
+    Args:
+        trainer ([`TokenFlexTrainer`]): The trainer.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.end_checkpoint()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.end_checkpoint()  # one that was written on a signal, `enable_jit_checkpoint`
+
+
 class TokenFlexTrainer(PublishingMixin, Trainer):
     """
-    `transformers.Trainer` with the collator and its callback wired in, and on top of it: throughput and the drawn count
-    in every log, evaluation at every count, a learning rate for each part of the model, checkpoints that are written under
-    another name and then renamed, so that a killed run never leaves half of one, and publishing with a card of what was
+    `transformers.Trainer` with the collator and its callback wired in, and on top of it: throughput and the drawn
+    count in every log, evaluation at every count, a learning rate for each part of the model, checkpoints that are
+    marked while they are written, so that a run never goes on from half of one, and publishing with a card of what was
     measured.
 
     Args:
@@ -87,15 +100,8 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
         **kwargs,
     ):
         if data_collator is None:
-            data_collator = TokenFlexDataCollator(
-                processing_class,
-                vision_token_choices,
-                vision_token_weights,
-                seed=args.seed,
-                scheme=args.scheme,
-                packing=args.packing,
-                distillation_weight=args.distillation_weight,
-                distillation_temperature=args.distillation_temperature,
+            data_collator = TokenFlexDataCollator.from_arguments(
+                processing_class, args, vision_token_choices, vision_token_weights
             )
         elif (args.scheme, args.packing) not in (("batch", False), (data_collator.scheme, data_collator.packing)):
             raise ValueError(
@@ -106,12 +112,14 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
             raise ValueError("`eval_dataset` is an iterable data set, which has no length: load it without streaming.")
         self.vision_tokens = data_collator.callback
         if args.use_liger_kernel:
-            if data_collator.scheme in ("nested", "distill"):
+            if data_collator.scheme in NESTED:
                 raise ValueError(
-                    f"`use_liger_kernel`=True makes no logits, which `scheme`={data_collator.scheme!r} weighs: leave one "
-                    "of them out."
+                    f"`use_liger_kernel`=True makes no logits, which `scheme`={data_collator.scheme!r} weighs: leave "
+                    "one of them out."
                 )
             register_liger()
+        if data_collator.scheme in NESTED:
+            kwargs.setdefault("compute_loss_func", data_collator.callback.compute_loss)
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # the main process would split images unlike prompts
         super().__init__(
@@ -119,7 +127,7 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
             args,
             data_collator=data_collator,
             processing_class=processing_class,
-            callbacks=[data_collator.callback, *(callbacks or ())],
+            callbacks=[CheckpointCallback(self), data_collator.callback, *(callbacks or ())],
             train_dataset=train_dataset,
             **kwargs,
         )
@@ -127,8 +135,9 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
         self._logged_totals = torch.zeros(len(self.vision_tokens.totals), dtype=torch.float64)
-        self._logged_at = None
-        self._paused = 0.0
+        self._resumed_step = 0
+        self._mark = None
+        self._save_total_limit = self._pushes = None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in transformers, with Muon if asked for, or the parts' own learning rates."""
@@ -155,47 +164,86 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
             self.optimizer.param_groups = groups
         return self.optimizer
 
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:  # evaluation calls it outside `forward`, while weights are shared out
-            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "get_image_features")
-        return prepared
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the drawn count, and throughput since the last log, before anything reports them."""
         if "loss" in logs:
             totals = [float(total) for total in self.vision_tokens.totals.values()]
             totals = torch.tensor(totals, device=self.args.device, dtype=torch.float64)
             totals = self.accelerator.reduce(totals, "sum").cpu()
-            now = time.perf_counter()
+            so_far = dict(zip(self.vision_tokens.totals, totals.tolist()))
             new = dict(zip(self.vision_tokens.totals, (totals - self._logged_totals).tolist()))
-            seconds = now - self._logged_at - self._paused
+            seconds = new["training_seconds"] / self.args.world_size
             logs["num_vision_tokens"] = self.vision_tokens.num_vision_tokens
             logs["tokens_per_second"] = new["tokens"] / seconds
             logs["images_per_second"] = new["images"] / seconds
-            so_far = dict(zip(self.vision_tokens.totals, totals.tolist()))
             logs["skipped_rows"], logs["truncated_rows"] = int(so_far["skipped_rows"]), int(so_far["truncated_rows"])
-            self._logged_totals, self._logged_at, self._paused = totals, now, 0.0
+            self._logged_totals = totals
         super().log(logs, start_time)
 
-    def _inner_training_loop(self, *args, **kwargs):
-        self._logged_at = time.perf_counter()
-        return super()._inner_training_loop(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in transformers. Checkpoints that a killed run left incomplete in `output_dir` are deleted first."""
+        arguments = self.args
+        if arguments.local_process_index == 0:
+            clean_up(arguments.output_dir)
+        self.accelerator.wait_for_everyone()
+        is_last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(arguments.output_dir) if is_last else resume_from_checkpoint
+        if checkpoint and is_incomplete(checkpoint):
+            raise ValueError(
+                f"`resume_from_checkpoint`={str(checkpoint)!r} is half a checkpoint that a killed run left: name the "
+                "one before it."
+            )
+        state = Path(checkpoint or "none", TRAINER_STATE_NAME)
+        self._resumed_step = TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
+        # The Trainer would do both before a checkpoint is whole.
+        self._save_total_limit, arguments.save_total_limit = arguments.save_total_limit, None
+        self._pushes, arguments.push_to_hub = arguments.push_to_hub, False
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            arguments.save_total_limit, arguments.push_to_hub = self._save_total_limit, self._pushes
+            self.is_in_train = False  # an interruption leaves it, and what is saved by hand then is whole
 
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step < self.state.max_steps:  # a resumed Trainer would take one more step
-            super()._run_epoch(*args, **kwargs)
+    def set_initial_training_values(self, args, dataloader):
+        """As in transformers, but with no epoch for a run that goes on from its last step: it takes no other."""
+        num_train_epochs, *values, max_steps = super().set_initial_training_values(args, dataloader)
+        return 0 if self._resumed_step >= max_steps else num_train_epochs, *values, max_steps
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; with it begins each checkpoint, which is marked as incomplete."""
+        if self.is_in_train and Path(output_dir or "").name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
+            self._mark = mark_incomplete(output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def end_checkpoint(self) -> None:
+        """Takes the mark off a written checkpoint. Only then older ones go, and it is published if asked for."""
+        if self._mark is None:
+            return
+        mark, self._mark = self._mark, None
+        self.accelerator.wait_for_everyone()
+        mark.unlink(missing_ok=True)
+        if self._pushes:
+            self.publish_checkpoint(mark.with_suffix(""))
+        if self.args.should_save and (self._save_total_limit or 0) > 0:
+            # Kept are the last one, to go on from, and the best; the others go, oldest first.
+            checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(mark.parent))]
+            kept = {checkpoints[-1]}
+            if self.state.best_model_checkpoint is not None:
+                kept.add(Path(self.state.best_model_checkpoint))
+            surplus = max(0, len(checkpoints) - max(self._save_total_limit, len(kept)))
+            for checkpoint in [checkpoint for checkpoint in checkpoints if checkpoint not in kept][:surplus]:
+                delete_checkpoint(checkpoint)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Exact-match accuracy at every count that is trained on. The tower runs once per image; processes share the rows,
-        unless the model itself is shared out between them.
+        Exact-match accuracy at every count that is trained on. The tower runs once per image; processes share the
+        rows, unless the model itself is shared out between them.
 
         Args:
             eval_dataset (sequence or `dict` of sequences, *optional*):
                 Rows as [`to_example`] takes or returns them. Defaults to the Trainer's.
             ignore_keys: Has no effect; it is here because `Trainer.evaluate` has it.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): What the names begin with.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): The beginning of the names.
 
         Returns:
             `dict[str, float]`: `eval_64_accuracy`, ... for each count, `eval_accuracy`, their mean, by which the best
@@ -231,72 +279,4 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._paused += time.perf_counter() - start
         return metrics
-
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / INCOMPLETE) if self._is_writing else folder
-
-    _is_writing = False
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Writes the checkpoint under another name, then renames it; older ones go when it is there, not before."""
-        start, args, step = time.perf_counter(), self.args, self.state.global_step
-        run = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        pushes, args.push_to_hub = args.push_to_hub, False
-        try:
-            if args.local_process_index == 0:
-                clean_up(run)
-            self.accelerator.wait_for_everyone()
-            self._is_writing = True
-            super()._save_checkpoint(model, trial)
-            self._is_writing = False
-            if self.state.best_global_step is not None:
-                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if self.state.best_global_step == step or best.is_dir():
-                    self.state.best_model_checkpoint = str(best)
-                if args.should_save:
-                    self.state.save_to_json(str(run / INCOMPLETE / name / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            with args.main_process_first(local=False):
-                if args.local_process_index == 0 and (run / INCOMPLETE / name).is_dir():
-                    _replace(run / INCOMPLETE / name, run / name)
-        finally:
-            self._is_writing, args.push_to_hub = False, pushes
-            if args.local_process_index == 0:
-                clean_up(run)
-        if pushes:
-            self._push_from_checkpoint(str(run / name))
-        if args.should_save and (args.save_total_limit or 0) > 0:
-            # Kept are the last one, to go on from, and the best; the others go, oldest first.
-            checkpoints = sort_checkpoints(str(run))
-            kept = {checkpoints[-1], self.state.best_model_checkpoint}
-            surplus = max(0, len(checkpoints) - max(args.save_total_limit, len(kept - {None})))
-            for checkpoint in [path for path in checkpoints if path not in kept][:surplus]:
-                (run / INCOMPLETE).mkdir(exist_ok=True)
-                os.rename(checkpoint, run / INCOMPLETE / Path(checkpoint).name)
-            shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
-        self._paused += time.perf_counter() - start
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.exists():
-        target.rename(source.with_name(REPLACED + target.name))
-    source.rename(target)
-
-
-def clean_up(run: str | Path) -> None:
-    """
-    Deletes what a killed run left unfinished; a checkpoint that it was just about to replace is put back.
-
-    Args:
-        run (`str` or `Path`): The run's `output_dir`.
-    """
-    unfinished = Path(run) / INCOMPLETE
-    for replaced in unfinished.glob(f"{REPLACED}*"):
-        target = Path(run) / replaced.name.removeprefix(REPLACED)
-        if not target.exists():
-            replaced.rename(target)
-    shutil.rmtree(unfinished, ignore_errors=True)

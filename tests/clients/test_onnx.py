@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 
 from tokenflex.data.synthetic import draw_scene
 
@@ -13,6 +15,9 @@ from tokenflex.data.synthetic import draw_scene
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(
+    parse(transformers.__version__) < parse("5.23"), reason="transformers.exporters.ExportedModel is new in 5.23"
+)
 
 COUNTS = (4, 16, 36)
 IMAGES = [draw_scene(5, index).image for index in range(3)]
@@ -21,7 +26,7 @@ TEXTS = ["<|image_pad|> which color?", "one <|image_pad|> and one <|image_pad|>:
 
 @pytest.fixture(scope="module")
 def documented():
-    """What the documentation imports and defines, without what it does with it."""
+    """Imports and definitions of the documentation, without their use."""
     page = (Path(__file__).parents[2] / "docs/export.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names, code = {}, ast.parse(block)
@@ -73,7 +78,7 @@ def test_logits_are_the_models_whatever_is_padded_or_cached(tiny, parts, count, 
     embeddings = torch.from_numpy(parts["embedding"].run(None, {"input": ids.numpy()})[0])
     embeddings[ids == processor.image_token_id] = vision_tokens(parts, inputs["pixel_values"], count).flatten(0, 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    past = [value for value in parts["decoder"].get_inputs() if "past_key_values" in value.name]
+    past = [value for value in parts["decoder"].get_inputs() if len(value.shape) == 4]  # keys and values
     length = ids.shape[1]
     for ends in ([length], [length - 3, length], [5, length - 1, length]):
         cache = {value.name: torch.zeros(len(ids), int(value.shape[1]), 0, int(value.shape[3])) for value in past}

@@ -1,4 +1,4 @@
-"""What `tests/test_generation_tokenflex.py` leaves open about pipelines: checkpoints, plain prompts, named counts."""
+"""Pipelines from checkpoints, with plain prompts and with named counts."""
 
 import pytest
 from transformers import pipeline
@@ -18,7 +18,7 @@ def chat(number):
 
 
 def answer(model, processor, count, **prompt):
-    """What `generate` says to a prompt that is encoded at the count and alone."""
+    """The answer of `generate` to a prompt that is encoded at the count and alone."""
     inputs = processor(num_vision_tokens=count, return_tensors="pt", **prompt)
     output = model.generate(**inputs, **OPTIONS)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -82,7 +82,7 @@ def test_token_ids_begin_with_the_prompt_as_it_was_encoded(tiny, saved):
     assert answered == answer_chat(*tiny, 4, 2)
 
 
-def test_a_count_that_is_no_square_is_refused_with_its_neighbours(saved):
+def test_a_count_that_is_no_square_is_refused_with_its_neighbors(saved):
     for kwargs in ({"generate_kwargs": {"num_vision_tokens": 5}}, {"processor_kwargs": {"num_vision_tokens": 5}}):
         with pytest.raises(ValueError, match="Nearest: 4 or 9"):
             saved(text=chat(0), **kwargs)

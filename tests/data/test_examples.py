@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.data.examples import BadRowError, Example, decode_image, to_example
+from tokenflex.data.examples import BadRowError, Example, to_example
 
 
 IMAGE = Image.effect_noise((13, 9), 60).convert("RGB")
@@ -239,29 +239,6 @@ def test_unusable_row_is_refused_with_its_reason(row, reason):
     with pytest.raises(BadRowError) as caught:
         to_example(row)
     assert re.search(reason, str(caught.value))
-
-
-@given(
-    kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM", "DDS", "ICO"]),
-    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),
-    kept=st.floats(0, 1),
-)
-@settings(deadline=None, max_examples=300, derandomize=True)
-def test_damaged_bytes_decode_or_are_refused(kind, changes, kept):
-    damaged = bytearray(encoded(IMAGE, kind))
-    for position, value in changes:
-        damaged[position % min(len(damaged), 64)] = value
-    try:
-        image = decode_image(bytes(damaged[: round(kept * len(damaged))]))
-    except BadRowError:
-        return
-    assert image.getpixel((0, 0)) is not None
-
-
-def test_truncated_bytes_are_refused():
-    for length in range(3 * len(PNG) // 4):
-        with pytest.raises(BadRowError):
-            decode_image(PNG[:length])
 
 
 def test_image_of_too_many_pixels_is_refused(tmp_path):

@@ -2,13 +2,13 @@ import json
 import pickle
 
 import pytest
+from helpers import read_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tokenflex.data.examples import BadRowError
 from tokenflex.data.json_rows import JsonRows
-from tokenflex.data.loading import load_rows
 
 
 def write(folder, content, name="rows.jsonl"):
@@ -65,10 +65,10 @@ def test_bad_line_costs_itself_alone_and_is_named(tmp_path, reason):
 def test_bad_lines_are_skipped_or_stop_the_loading(tmp_path):
     good = json.dumps({"question": "which?", "answer": "this"}).encode()
     path = str(write(tmp_path, b"\n".join([good, b"{", good, b'{"question": "caf\xe9"}', good])))
-    rows = load_rows(path, on_bad_row="skip")
+    rows = read_rows(path, on_bad_row="skip")
     assert (len(rows), rows.num_skipped) == (3, 2)
     with pytest.raises(BadRowError, match=f"{path}, row 1: line 2 is not valid JSON"):
-        load_rows(path)
+        read_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -113,5 +113,5 @@ def test_columns_of_mixed_types_load(tmp_path):
         {"id": "x", "conversations": [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "d", "note": [1]}]},
         {"id": None, "image": [], "question": "e?", "answer": 5},
     ]
-    loaded = load_rows(str(write(tmp_path, json.dumps(rows), "llava.json")))
+    loaded = read_rows(str(write(tmp_path, json.dumps(rows), "llava.json")))
     assert [loaded[i].dialogs[0][1]["content"][0]["text"] for i in range(3)] == ["b", "d", "5"]

@@ -1,42 +1,40 @@
 import logging
 
 import pytest
+from helpers import answers_of, text_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenflex.data.arguments import DataArguments
 from tokenflex.data.examples import BadRowError
-from tokenflex.data.rows import MixedRows, Rows
+from tokenflex.data.rows import MixedRows, RowChecker, Rows
 
 
-def text_rows(*answers):
-    return [{"question": "which?", "answer": answer} for answer in answers]
-
-
-def answers(examples):
-    return [example.dialogs[0][1]["content"][0]["text"] for example in examples]
+def checked(rows, source="rows", special_tokens=(), measure=None, **options):
+    return Rows(rows, RowChecker(source, DataArguments([source], **options), None, special_tokens, measure))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
 @settings(deadline=None, derandomize=True)
 def test_lazy_rows_pass_on_to_the_next_usable_row(usable):
     rows = text_rows(*(str(i) if good else "" for i, good in enumerate(usable)))
-    lazy = Rows(rows, "rows", on_bad_row="skip", check_rows="lazily")
-    first = Rows(rows, "rows", on_bad_row="skip")
+    lazy = checked(rows, on_bad_row="skip", check_rows="lazily")
+    first = checked(rows, on_bad_row="skip")
     assert len(lazy) == len(rows) and lazy.num_skipped == 0
     assert first.num_skipped == usable.count(False)
-    assert answers(first[i] for i in range(len(first))) == [str(i) for i, good in enumerate(usable) if good]
+    assert answers_of(first[i] for i in range(len(first))) == [str(i) for i, good in enumerate(usable) if good]
     for i in range(len(rows)):
         expected = next(place for place in [*range(i, len(rows)), *range(i)] if usable[place])
-        assert answers([lazy[i]]) == [str(expected)]
+        assert answers_of([lazy[i]]) == [str(expected)]
         assert lazy[i].skipped == (expected - i) % len(rows)
 
 
 def test_lazy_rows_name_a_bad_row_when_it_is_read(caplog):
-    rows = Rows(text_rows("a", "", "c"), "some rows", check_rows="lazily")
-    assert answers([rows[0], rows[2], rows[-1]]) == ["a", "c", "c"]
+    rows = checked(text_rows("a", "", "c"), "some rows", check_rows="lazily")
+    assert answers_of([rows[0], rows[2], rows[-1]]) == ["a", "c", "c"]
     with pytest.raises(BadRowError, match="some rows, row 1: its answer is ''"):
         rows[1]
-    skipping = Rows(text_rows("a", "", "c"), "some rows", on_bad_row="skip", check_rows="lazily")
+    skipping = checked(text_rows("a", "", "c"), "some rows", on_bad_row="skip", check_rows="lazily")
     with caplog.at_level(logging.WARNING):
         skipping[1]
     assert "Skipped some rows, row 1: its answer is ''" in caplog.text
@@ -45,14 +43,14 @@ def test_lazy_rows_name_a_bad_row_when_it_is_read(caplog):
 def test_special_tokens_are_refused_whenever_rows_are_checked():
     rows = text_rows("a", "b <eos>")
     with pytest.raises(BadRowError, match="row 1: its text contains '<eos>'"):
-        Rows(rows, "rows", special_tokens=["<eos>"])
+        checked(rows, special_tokens=["<eos>"])
     with pytest.raises(BadRowError, match="row 1: its text contains '<eos>'"):
-        Rows(rows, "rows", special_tokens=["<eos>"], check_rows="lazily")[1]
+        checked(rows, special_tokens=["<eos>"], check_rows="lazily")[1]
 
 
 def measure(example):
     """A text "12 5" needs 12 tokens, of which 5 cannot be cut."""
-    needed, uncuttable = answers([example])[0].split()
+    needed, uncuttable = answers_of([example])[0].split()
     return int(needed), int(uncuttable)
 
 
@@ -69,9 +67,9 @@ LONG = text_rows("5 1", "12 5", "9 9", "12 11", "10 10")
     ],
 )
 def test_long_rows_are_left_out_or_kept_to_be_cut(policy, kept, check_rows):
-    rows = Rows(LONG, "rows", max_length=10, measure=measure, check_rows=check_rows, **policy)
+    rows = checked(LONG, max_length=10, measure=measure, check_rows=check_rows, **policy)
     read = [rows[i] for i in range(len(rows))]
-    assert answers(example for example in read if not example.skipped) == kept
+    assert answers_of(example for example in read if not example.skipped) == kept
     assert rows.num_skipped + sum(example.skipped > 0 for example in read) == len(LONG) - len(kept)
 
 
@@ -86,14 +84,14 @@ def test_long_rows_are_left_out_or_kept_to_be_cut(policy, kept, check_rows):
 )
 def test_long_row_is_named(policy, reason, check_rows):
     with pytest.raises(BadRowError, match=reason):
-        list(Rows(LONG, "rows", max_length=10, measure=measure, check_rows=check_rows, **policy))
+        list(checked(LONG, max_length=10, measure=measure, check_rows=check_rows, **policy))
 
 
 def test_max_length_has_to_be_measurable():
     with pytest.raises(ValueError, match="`max_length`=10 needs `measure`"):
-        Rows(LONG, "rows", max_length=10)
+        checked(LONG, max_length=10)
     with pytest.raises(ValueError, match="`max_length`=0"):
-        Rows(LONG, "rows", max_length=0, measure=measure)
+        checked(LONG, max_length=0, measure=measure)
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 100)), min_size=1, max_size=5)

@@ -6,13 +6,14 @@ import pickle
 
 import datasets
 import pytest
+from helpers import answers_of, read_rows, text_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tokenflex.data.arguments import DataArguments
 from tokenflex.data.examples import BadRowError
-from tokenflex.data.loading import load_rows
 from tokenflex.data.rows import RowChecker
 from tokenflex.data.streaming import StreamedRows
 
@@ -22,17 +23,16 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def rows_named(*answers):
-    return [{"question": "which?", "answer": answer} for answer in answers]
-
-
 def source(name, size, bad=(), **options):
-    rows = rows_named(*("" if i in bad else f"{name}{i}" for i in range(size)))
-    return rows, RowChecker(name, **options)
+    rows = text_rows(*("" if i in bad else f"{name}{i}" for i in range(size)))
+    return rows, RowChecker(name, DataArguments([name], **options))
 
 
-def answers(examples):
-    return [example.dialogs[0][1]["content"][0]["text"] for example in examples]
+def streamed(sources, weights=None, shuffle_buffer=1000, seed=0):
+    args = DataArguments(
+        [check.source for _, check in sources], dataset_weights=weights, shuffle_buffer=shuffle_buffer
+    )
+    return StreamedRows(sources, args, seed)
 
 
 def named(name, numbers):
@@ -49,14 +49,14 @@ def named(name, numbers):
 def test_an_epoch_is_a_pure_function_and_holds_every_row(sizes, buffer, seed, weighted):
     def stream():
         sources = [source(name, size) for name, size in zip("abc", sizes)]
-        return StreamedRows(sources, list(range(1, 1 + len(sizes))) if weighted else None, buffer, seed)
+        return streamed(sources, list(range(1, 1 + len(sizes))) if weighted else None, buffer, seed)
 
     rows = stream()
     epochs = []
     for epoch in range(3):
         rows.set_epoch(epoch)
-        epochs.append(answers(rows))
-        assert answers(rows) == epochs[-1], "two iterations of an epoch give the same rows"
+        epochs.append(answers_of(rows))
+        assert answers_of(rows) == epochs[-1], "two iterations of an epoch give the same rows"
         expected = [name for place, size in zip("abc", sizes) for name in named(place, range(size))]
         assert set(epochs[-1]) == set(expected)
         if not weighted:
@@ -65,34 +65,34 @@ def test_an_epoch_is_a_pure_function_and_holds_every_row(sizes, buffer, seed, we
             assert epochs[-1] == expected
     again = pickle.loads(pickle.dumps(stream()))
     again.set_epoch(2)
-    assert answers(again) == epochs[2]
+    assert answers_of(again) == epochs[2]
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     orders = []
     for seed, epoch in itertools.product(range(3), range(3)):
-        rows = StreamedRows([source("a", 50)], shuffle_buffer=20, seed=seed)
+        rows = streamed([source("a", 50)], shuffle_buffer=20, seed=seed)
         rows.set_epoch(epoch)
-        orders.append(tuple(answers(rows)))
+        orders.append(tuple(answers_of(rows)))
     assert len(set(orders)) == len(orders)
 
 
 def test_a_row_leaves_the_buffer_no_sooner_than_it_came():
-    order = answers(StreamedRows([source("a", 200)], shuffle_buffer=10))
+    order = answers_of(streamed([source("a", 200)], shuffle_buffer=10))
     assert all(int(name[1:]) <= place + 10 for place, name in enumerate(order))
     assert order != named("a", range(200))
 
 
 def test_a_positions_source_does_not_depend_on_what_the_sources_hold():
-    first = StreamedRows([source("a", 400), source("b", 400)], [1, 3], shuffle_buffer=0)
-    other = StreamedRows([source("a", 7, bad=[2, 5], on_bad_row="skip"), source("b", 400)], [1, 3], shuffle_buffer=5)
-    drawn, short = ([name[0] for name in answers(rows)] for rows in (first, other))
+    first = streamed([source("a", 400), source("b", 400)], [1, 3], shuffle_buffer=0)
+    other = streamed([source("a", 7, bad=[2, 5], on_bad_row="skip"), source("b", 400)], [1, 3], shuffle_buffer=5)
+    drawn, short = ([name[0] for name in answers_of(rows)] for rows in (first, other))
     assert drawn[: len(short)] == short[: len(drawn)]
     assert abs(drawn.count("a") / len(drawn) - 0.25) < 0.05
 
 
 def test_a_source_that_ends_begins_anew_in_another_order():
-    rows = answers(StreamedRows([source("a", 5), source("b", 200)], [1, 1], shuffle_buffer=5))
+    rows = answers_of(streamed([source("a", 5), source("b", 200)], [1, 1], shuffle_buffer=5))
     small = [name for name in rows if name[0] == "a"]
     passes = [small[i : i + 5] for i in range(0, len(small) - 4, 5)]
     assert all(sorted(names) == named("a", range(5)) for names in passes)
@@ -102,40 +102,41 @@ def test_a_source_that_ends_begins_anew_in_another_order():
 @given(bad=st.sets(st.integers(0, 11), max_size=11), buffer=st.integers(0, 15))
 @settings(deadline=None, derandomize=True)
 def test_rows_that_are_passed_over_are_counted(bad, buffer):
-    examples = list(StreamedRows([source("a", 12, bad, on_bad_row="skip"), source("b", 1)], shuffle_buffer=buffer))
-    assert sorted(answers(examples)) == sorted([*named("a", set(range(12)) - bad), "b0"])
+    examples = list(streamed([source("a", 12, bad, on_bad_row="skip"), source("b", 1)], shuffle_buffer=buffer))
+    assert sorted(answers_of(examples)) == sorted([*named("a", set(range(12)) - bad), "b0"])
     assert sum(example.skipped for example in examples) == len(bad)
     if not buffer:
-        places = [int(name[1:]) for name in answers(examples[:-1])]
+        places = [int(name[1:]) for name in answers_of(examples[:-1])]
         assert [example.skipped for example in examples[:-1]] == [
             place - before - 1 for before, place in zip([-1, *places], places)
         ]
 
 
 def test_a_bad_row_is_named(caplog):
-    with pytest.raises(BadRowError, match="some file, row 3: its answer is ''"):
-        list(StreamedRows([(rows_named("a", "b", "c", ""), RowChecker("some file"))]))
-    skipping = StreamedRows([(rows_named("a", "b", "c", ""), RowChecker("some file", on_bad_row="skip"))])
+    with pytest.raises(BadRowError, match="a, row 3: its answer is ''"):
+        list(streamed([source("a", 4, bad=[3])]))
+    skipping = streamed([source("a", 4, bad=[3], on_bad_row="skip")])
     with caplog.at_level(logging.WARNING):
         assert len(list(skipping)) == 3
-    assert "Skipped some file, row 3: its answer is ''" in caplog.text
+    assert "Skipped a, row 3: its answer is ''" in caplog.text
 
 
 def test_long_rows_are_skipped():
-    check = RowChecker("a", max_length=2, on_long_row="skip", measure=lambda example: (len(answers([example])[0]), 1))
-    assert answers(StreamedRows([(rows_named("1", "333", "22"), check)], shuffle_buffer=0)) == ["1", "22"]
+    args = DataArguments(["a"], max_length=2, on_long_row="skip")
+    check = RowChecker("a", args, measure=lambda example: (len(answers_of([example])[0]), 1))
+    assert answers_of(streamed([(text_rows("1", "333", "22"), check)], shuffle_buffer=0)) == ["1", "22"]
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2]])
 def test_no_usable_row_is_an_error(weights):
-    rows = StreamedRows([source("a", 3), source("b", 2, bad=[0, 1], on_bad_row="skip")], weights)
+    rows = streamed([source("a", 3), source("b", 2, bad=[0, 1], on_bad_row="skip")], weights)
     with pytest.raises(BadRowError, match="b has no usable rows"):
         list(rows)
 
 
 def test_negative_buffer_is_refused():
     with pytest.raises(ValueError, match="`shuffle_buffer`=-1"):
-        StreamedRows([source("a", 3)], shuffle_buffer=-1)
+        streamed([source("a", 3)], shuffle_buffer=-1)
 
 
 def png(color):
@@ -145,7 +146,7 @@ def png(color):
 
 
 def write_source(folder, kind, size):
-    rows = rows_named(*named("r", range(size)))
+    rows = text_rows(*named("r", range(size)))
     if kind == "parquet":
         images = [{"bytes": png((i, 0, 0)), "path": None} for i in range(size)]
         images[1]["bytes"] = b"broken"
@@ -176,35 +177,35 @@ def write_source(folder, kind, size):
 def test_every_source_gives_every_row_once_among_workers(tmp_path, kind, num_workers):
     name = write_source(tmp_path, kind, 10)
     kept = named("r", [0, *range(2, 10)])
-    rows = load_rows(name, on_bad_row="skip", streaming=True, shuffle_buffer=0)
+    rows = read_rows(name, on_bad_row="skip", streaming=True, shuffle_buffer=0)
     loader = DataLoader(rows, batch_size=None, num_workers=num_workers)
     for _ in range(2):
         examples = list(loader)
-        assert sorted(answers(examples)) == kept
+        assert sorted(answers_of(examples)) == kept
         assert sum(example.skipped for example in examples) == 1
     with pytest.raises(BadRowError, match=f"{name}, row 1: "):
-        list(load_rows(name, streaming=True))
+        list(read_rows(name, streaming=True))
 
 
 def test_persistent_workers_see_the_epoch():
-    rows = StreamedRows([source("a", 20)], shuffle_buffer=20)
+    rows = streamed([source("a", 20)], shuffle_buffer=20)
     loader = DataLoader(rows, batch_size=None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 0):
         rows.set_epoch(epoch)
-        orders.append(answers(loader))
+        orders.append(answers_of(loader))
     assert orders[0] == orders[2] != orders[1]
 
 
 def test_workers_without_rows_of_a_source_go_without():
     sources = [source("a", 1), source("b", 20), source("c", 2, bad=[0], on_bad_row="skip")]
     for weights in (None, [1, 1, 1]):
-        loader = DataLoader(StreamedRows(sources, weights), batch_size=None, num_workers=2)
-        assert set(answers(loader)) == {*named("a", range(1)), *named("b", range(20)), "c1"}
+        loader = DataLoader(streamed(sources, weights), batch_size=None, num_workers=2)
+        assert set(answers_of(loader)) == {*named("a", range(1)), *named("b", range(20)), "c1"}
 
 
 def test_mixtures_stream_by_name(tmp_path):
     names = [write_source(tmp_path, "parquet", 6), "synthetic:4"]
-    rows = load_rows(names, on_bad_row="skip", dataset_weights=[1, 1], streaming=True, seed=3)
+    rows = read_rows(*names, on_bad_row="skip", dataset_weights=[1, 1], streaming=True, seed=3)
     sizes = {example.images[0].size for example in rows}
     assert sizes == {(4, 4), (64, 64)}

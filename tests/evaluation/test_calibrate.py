@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tokenflex.checkpoints.files import save_checkpoint
@@ -31,7 +32,7 @@ def calibrated(observations, **target):
     padded = torch.cat([observations.hidden_states, torch.zeros(len(observations.right), 20)], dim=-1)
     padded[:, 12:] = 0.01 * torch.randn(padded[:, 12:].shape, generator=torch.Generator().manual_seed(1))
     observations = Observations(observations.choices, padded, observations.right, observations.images)
-    return calibrate(model, observations, **target), model.config.vision_token_chooser, padded
+    return calibrate(model, observations, **target), model
 
 
 def test_fitted_chances_are_those_of_a_reference():
@@ -52,13 +53,13 @@ def test_fitted_chances_are_those_of_a_reference():
 
 def test_a_lossless_choice_is_found_where_the_hidden_states_tell():
     observations, needs_many = made_up()
-    report, chooser, hidden_states = calibrated(observations, accuracy_loss=0.01)
+    report, model = calibrated(observations, accuracy_loss=0.01)
     assert report["point"]["accuracy"] >= report["uniform"][36] - 0.01
     assert report["point"]["vision_tokens"] < 24
     fresh, fresh_needs = made_up(seed=7)
-    weight, bias = torch.tensor(chooser["weight"])[:, :12], torch.tensor(chooser["bias"])
-    chances = (fresh.hidden_states @ weight.T + bias).sigmoid()
-    point = trace(chances, fresh, [chooser["tolerance"]])[0]
+    padded = torch.cat([fresh.hidden_states, torch.zeros(len(fresh.right), 20)], dim=-1)
+    chances = model.model.vision_token_chooser(padded)
+    point = trace(chances, fresh, [model.config.vision_token_chooser["tolerance"]])[0]
     assert point.accuracy == pytest.approx(report["point"]["accuracy"], abs=0.03)
     assert point.vision_tokens == pytest.approx(report["point"]["vision_tokens"], abs=2)
     assert point.total_vision_tokens == point.vision_tokens + 4
@@ -67,7 +68,7 @@ def test_a_lossless_choice_is_found_where_the_hidden_states_tell():
 def test_a_budget_of_tokens_is_kept():
     observations, _ = made_up()
     for budget in (10, 20, 30):
-        report, _, _ = calibrated(observations, mean_tokens=budget)
+        report, _ = calibrated(observations, mean_tokens=budget)
         assert report["point"]["total_vision_tokens"] <= budget
     with pytest.raises(ValueError, match="`mean_tokens`=5: the least that is read is 8.0"):
         calibrated(observations, mean_tokens=5)
@@ -98,7 +99,8 @@ def test_observed_answers_are_those_of_an_evaluation(tiny):
 
 def test_the_command_teaches_a_folder_in_place_or_beside_it(tiny, tmp_path, capsys):
     save_checkpoint(tmp_path / "checkpoint", *tiny)
-    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    (tmp_path / "checkpoint" / "README.md").write_text("A card.")
     arguments = [
         "--model_name_or_path",
         str(tmp_path / "checkpoint"),
@@ -112,8 +114,14 @@ def test_the_command_teaches_a_folder_in_place_or_beside_it(tiny, tmp_path, caps
     assert report["questions"] == sum(len(row["questions"]) for row in SyntheticVQA(8, 3))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
     assert model.config.vision_token_chooser["choices"] == [4, 16, 36]
-    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "checkpoint" / "README.md").read_text() == "A card."
+    taught = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert {name for name in taught if name not in weights} == {
+        "model.vision_token_chooser.weight", "model.vision_token_chooser.bias"
+    }  # fmt: skip
+    assert all(torch.equal(taught[name], weight) for name, weight in weights.items())
     main([*arguments, "--output_dir", str(tmp_path / "beside")])
     beside = AutoModelForImageTextToText.from_pretrained(tmp_path / "beside")
     assert beside.config.vision_token_chooser == model.config.vision_token_chooser
+    assert torch.equal(beside.model.vision_token_chooser.weight, model.model.vision_token_chooser.weight)
     assert len(json.loads((tmp_path / "beside" / "calibration.json").read_text())["curve"]) == 201

@@ -6,6 +6,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from helpers import give_chooser
 from PIL import Image
 
 from tokenflex.checkpoints.files import save_checkpoint
@@ -55,7 +57,7 @@ def evaluate_file(folder, output_dir, *options, dataset="test.parquet"):
 
 
 def test_command_writes_what_the_functions_return(folder, narrow, tmp_path, capsys):
-    evaluate_file(folder, tmp_path / "out", "--counts", 4, 36)
+    evaluate_file(folder, tmp_path / "out", "--num_vision_tokens", 4, 36)
     printed = capsys.readouterr().out.strip().split("\n")
     summary = json.loads(printed[-1])
     rows = SyntheticVQA(6, seed=3, questions_per_image=2)
@@ -84,7 +86,7 @@ def test_counts_default_to_the_configs(folder, narrow, tmp_path, capsys):
 def test_bad_row_stops_or_is_skipped(folder, tmp_path):
     with pytest.raises(ValueError, match="bad.parquet, row 1"):
         evaluate_file(folder, tmp_path / "out", dataset="bad.parquet")
-    evaluate_file(folder, tmp_path / "out", "--on_bad_row", "skip", "--counts", 4, dataset="bad.parquet")
+    evaluate_file(folder, tmp_path / "out", "--on_bad_row", "skip", "--num_vision_tokens", 4, dataset="bad.parquet")
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().strip().split("\n")
     assert {json.loads(line)["index"] for line in lines} == set(range(5))
 
@@ -92,7 +94,7 @@ def test_bad_row_stops_or_is_skipped(folder, tmp_path):
 @pytest.mark.parametrize("count", [5, 0, 100])
 def test_impossible_count_is_refused_and_nothing_written(folder, tmp_path, count):
     with pytest.raises(ValueError, match=f"num_vision_tokens.*{count}"):
-        evaluate_file(folder, tmp_path / "out", "--counts", count)
+        evaluate_file(folder, tmp_path / "out", "--num_vision_tokens", count)
     assert not (tmp_path / "out").exists()
 
 
@@ -134,9 +136,7 @@ def test_answers_need_no_ascii(tmp_path):
 
 def test_a_chosen_count_is_reported_by_the_tokens_it_reads(tmp_path):
     model, processor = tiny_model_and_processor(width=32)
-    model.config.vision_token_chooser = {
-        "choices": [4, 16, 36], "weight": [[0.0] * 32] * 3, "bias": [-1.0, 1.0, 1.0], "tolerance": 0.1
-    }  # fmt: skip
+    give_chooser(model, [4, 16, 36], torch.zeros(3, 32), bias=[-1.0, 1.0, 1.0])
     rows = [SyntheticVQA(1, 0, questions_per_image=2)[0], {"question": "two?", "answer": "2"}]
     report, predictions = evaluate(model, processor, rows, max_new_tokens=2, batch_size=2, show_progress=False)
     assert list(report["overall"]) == [4, 16, 36, "auto"]

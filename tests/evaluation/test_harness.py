@@ -1,7 +1,11 @@
+import base64
+
 import pytest
 import torch
+from helpers import give_chooser
 
 from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.data.images import ImageError
 from tokenflex.data.synthetic import draw_scene
 from tokenflex.evaluation.harness import HarnessModel
 from tokenflex.towers.tiny import tiny_model_and_processor
@@ -15,9 +19,7 @@ def checkpoint(tmp_path_factory):
     """Calibrated with a random head, which chooses among all counts."""
     model, processor = tiny_model_and_processor()
     weight = 0.3 * torch.randn(3, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
-    model.config.vision_token_chooser = {
-        "choices": CHOICES, "weight": weight.tolist(), "bias": [0.0, 0.0, 0.0], "tolerance": 0.1
-    }  # fmt: skip
+    give_chooser(model, CHOICES, weight)
     folder = tmp_path_factory.mktemp("harness") / "checkpoint"
     save_checkpoint(folder, model, processor)
     return str(folder)
@@ -77,3 +79,30 @@ def test_auto_of_a_checkpoint_that_cannot_choose_is_refused(tmp_path):
 def test_other_names_are_refused_before_weights_are_read(checkpoint):
     with pytest.raises(ValueError, match="`num_vision_tokens`='medium'"):
         HarnessModel(checkpoint, num_vision_tokens="medium")
+
+
+@pytest.mark.parametrize("written", ["4x6", (4, 6), [4, 6]])
+def test_a_grid_may_be_a_text_a_tuple_or_a_list(checkpoint, conversations, written):
+    """JSON files have no tuples, and all images have one count."""
+    [answer] = HarnessModel(checkpoint, num_vision_tokens=written).answer(conversations[:1], max_new_tokens=1)
+    assert answer.vision_tokens == 24
+
+
+def test_addresses_of_images_are_fetched(checkpoint, conversations, tmp_path):
+    [message] = conversations[0]
+    image, question = message["content"]
+    image["image"].save(tmp_path / "image.png")
+    url = f"data:image/png;base64,{base64.b64encode((tmp_path / 'image.png').read_bytes()).decode()}"
+    model = HarnessModel(checkpoint)
+
+    def ask(image):
+        return model.answer(
+            [[{**message, "content": [{"type": "image", "image": image}, question]}]], max_new_tokens=3
+        )
+
+    expected = ask(image["image"])
+    assert ask(url) == ask(str(tmp_path / "image.png")) == expected
+    with pytest.raises(ImageError, match="neither a data: nor an http"):
+        ask("ftp://example.org/image.png")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        ask(str(tmp_path / "missing.png"))

@@ -18,7 +18,7 @@ scores = st.lists(shares, min_size=1, max_size=30)
 pairs = st.lists(st.tuples(shares, shares), min_size=2, max_size=8)
 
 
-def labelled(kinds):
+def labeled(kinds):
     return st.lists(st.tuples(shares, st.sampled_from("xyz"), st.integers(0, kinds - 1)), min_size=1, max_size=30)
 
 
@@ -98,7 +98,7 @@ def test_one_family_is_the_plain_mean(values):
 
 
 @settings(deadline=None)
-@given(labelled(4))
+@given(labeled(4))
 def test_mean_over_families_is_that_of_their_means(rows):
     values, families, groups = map(np.array, zip(*rows))
     expected = np.mean([values[families == family].mean() for family in set(families)])
@@ -244,7 +244,7 @@ def test_false_alarms_are_as_rare_as_the_p_value_says():
     rng = np.random.default_rng(0)
     alarms = {None: 0, "groups": 0}
     for _ in range(300):
-        ease = rng.random((2, 30, 1)) < 0.5  # what both scores of an image share differs between the models
+        ease = rng.random((2, 30, 1)) < 0.5  # shared by an image's scores, not by the models
         first, second = (rng.random((2, 30, 8)) < 0.2 + 0.6 * ease).reshape(2, -1)
         for groups in alarms:
             images = np.repeat(np.arange(30), 8) if groups else None

@@ -147,7 +147,7 @@ def test_scores_that_are_none_are_left_out_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("judge", ["gpt-4-turbo", "qwen-72b"])
-def test_any_judge_is_recognised_and_other_data_sets_are_not(tmp_path, judge):
+def test_any_judge_is_recognized_and_other_data_sets_are_not(tmp_path, judge):
     text = VLMEVALKIT_FILES["MMVet_gpt-4-turbo_score.csv"][0]
     (tmp_path / f"tokenflex-64_MMVet_{judge}_score.csv").write_text(text)
     for other in (f"MMVet_Hard_{judge}_score", f"MMVet_{judge}_score_fine", "MMStar_KO_acc"):

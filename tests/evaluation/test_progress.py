@@ -93,7 +93,7 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, m
             results("stopped")
     assert (tmp_path / "stopped" / "predictions.partial.jsonl").is_file()
     with pytest.raises(ValueError, match="differs in counts"):
-        main([*arguments, "--output_dir", str(tmp_path / "stopped"), "--counts", "4"])
+        main([*arguments, "--output_dir", str(tmp_path / "stopped"), "--num_vision_tokens", "4"])
     assert results("stopped") == expected
     assert len(list((tmp_path / "stopped").iterdir())) == 4
 

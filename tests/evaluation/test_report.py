@@ -53,7 +53,7 @@ def test_table_holds_the_scores():
             scores["milliseconds_to_first_token"][count], abs=0.051
         )
     assert [row[columns["tokens / s"]] for row in table[1:4]] == ["812", "640", "300"]
-    assert [row[columns["peak MiB"]] for row in table[1:4]] == ["1024", "", "2048"]  # what is not known stays empty
+    assert [row[columns["peak MiB"]] for row in table[1:4]] == ["1024", "", "2048"]  # unknown values stay empty
     assert float(table[-1][columns["mean"]]) == pytest.approx(100.0)
 
 

@@ -208,6 +208,10 @@ def test_models_of_a_configuration_file_are_found(workspace, checkpoint, paths, 
         (["--", "--data", "MMStar"], "by --pretrained or, behind `--`, by VLMEvalKit's --config"),
         (["--pretrained", "folder", "--", "--config=c.json"], "by --pretrained or, behind `--`"),
         (["--pretrained", "folder", "--", "--model", "qwen"], "leave out VLMEvalKit's --model"),
+        (
+            ["--pretrained", "folder", "--num_vision_tokens", "medium", "--", "--data", "MMStar"],
+            "`num_vision_tokens`='medium': give a count",
+        ),
     ],
 )
 def test_contradictory_commands_are_refused(workspace, capsys, argv, message):

@@ -19,9 +19,10 @@ USERS = {WRITER: "alice", READER: "alice", STRANGER: "bob"}
 
 class Hub:
     """
-    What the server knows. `commits[repo]` holds (sha, files by path), oldest first; `private` the names of private
-    repositories; `breaks`, also set by a POST to `/breaks/<what>`, what goes wrong: `"upload"` drops the connection while a weight file is uploaded, `"commit"`
-    instead of committing, `"race"` lets somebody else commit first, `"answer"` after it has committed.
+    The server's state. `commits[repo]` holds (sha, files by path), oldest first; `private` the names of private
+    repositories; `breaks`, also set by a POST to `/breaks/<what>`, what goes wrong: `"upload"` drops the connection
+    while a weight file is uploaded, `"commit"` instead of committing, `"race"` lets somebody else commit first,
+    `"answer"` after it has committed.
     """
 
     def __init__(self):
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    # What is answered
+    # Answers
 
     def answer(self, status=200, content=b"", **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -187,11 +188,11 @@ class Handler(BaseHTTPRequestHandler):
         elif path[4:5] == ["preupload"]:
             repo = "/".join(path[2:4])
             if self.may_write(repo):
-                files = [
-                    {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular",
-                     "shouldIgnore": False}
+                modes = {
+                    f["path"]: "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular"
                     for f in json.loads(content)["files"]
-                ]  # fmt: skip
+                }
+                files = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
                 self.answer(200, {"files": files})
         elif path[4:5] == ["commit"]:
             repo = "/".join(path[2:4])
@@ -229,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
                           "hookOutput": "", "pullRequestUrl": None})  # fmt: skip
 
     def validate(self, card):
-        """What the Hub checks of a card's metadata: that it is there, parses, and that names, tags and results have their shapes."""
+        """Checks a card's metadata as the Hub does: there, parsed, with names, tags and results of their shapes."""
         self.hub.validated.append(card)
         try:
             data = yaml.safe_load(card.split("---\n")[1])
@@ -258,7 +259,7 @@ def oid(content: bytes) -> str:
 def running_hub():
     """
     Yields:
-        `tuple[Hub, str]`: What it knows, and its URL.
+        `tuple[Hub, str]`: Its state and its URL.
     """
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))

@@ -35,7 +35,7 @@ def published(tiny, tmp_path_factory):
 
 def test_every_score_in_the_card_is_the_evaluations(published):
     report = json.loads((published / "eval/results.json").read_text())
-    card = build_card(published / "checkpoint", "me/tiny", [read_evaluation(published / "eval")], licence="mit")
+    card = build_card(published / "checkpoint", "me/tiny", [read_evaluation(published / "eval")], license="mit")
     read_again = ModelCard(str(card))
     assert str(read_again.data) == str(card.data)
     name, results = model_index_to_eval_results(read_again.data.to_dict()["model-index"])
@@ -53,7 +53,7 @@ def test_every_score_in_the_card_is_the_evaluations(published):
 
 
 def test_the_card_says_how_the_checkpoint_was_made(published):
-    card = build_card(published / "checkpoint", "me/tiny", base_models=["Qwen/tiny"], datasets=["x/y"], licence="mit")
+    card = build_card(published / "checkpoint", "me/tiny", base_models=["Qwen/tiny"], datasets=["x/y"], license="mit")
     data = card.data.to_dict()
     assert data["base_model"] == ["google/siglip-tiny", "Qwen/tiny"], "a local folder is no model of the Hub"
     assert data["datasets"] == ["vikhyatk/lnqa", "x/y"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import read_rows
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.checkpoints.files import save_checkpoint
-from tokenflex.data.loading import load_rows
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import evaluate, save_report
 from tokenflex.training.arguments import TokenFlexTrainingArguments
@@ -221,7 +221,7 @@ def test_every_class_and_the_trainers_push(checkpoint, hub, tmp_path):
     assert "Not evaluated." in server.head("alice/adapted")[1]["README.md"].decode()
     for name, slug, rows in (
         ("script", "evaluation-set", SyntheticVQA(4, 5)),
-        ("trained", "synthetic-4-test", load_rows("synthetic:4", "test")),
+        ("trained", "synthetic-4-test", read_rows("synthetic:4")),
     ):
         files = server.head(f"alice/{name}")[1]
         report = json.loads(files[f"evaluation/{slug}-exact_match/results.json"])

@@ -19,7 +19,7 @@ def folder(tiny, tmp_path_factory):
 
 def printed_answers(capsys):
     lines = capsys.readouterr().out.rstrip("\n").split("\n")
-    return [(int(line.split()[0]), line.split(": ", 1)[1]) for line in lines if "vision tokens: " in line]
+    return [(line.split()[0], line.split(": ", 1)[1]) for line in lines if "vision tokens: " in line]
 
 
 def ask(folder, *options):
@@ -35,7 +35,16 @@ def test_command_prints_one_answer_per_count(folder, tiny, capsys, counts):
     image = Image.open(folder / "image.png")
     asked = counts or tiny[0].config.vision_token_choices
     assert printed_answers(capsys) == [
-        (count, answer(*tiny, image, QUESTION, count, max_new_tokens=4)) for count in asked
+        (str(count), answer(*tiny, image, QUESTION, count, max_new_tokens=4)) for count in asked
+    ]
+
+
+def test_counts_are_named_or_grids_too(folder, tiny, capsys):
+    ask(folder, "--num_vision_tokens", "low", "4x6", "high")
+    image = Image.open(folder / "image.png")
+    asked = {"4": 4, "4x6": (4, 6), "36": 36}
+    assert printed_answers(capsys) == [
+        (name, answer(*tiny, image, QUESTION, count, max_new_tokens=4)) for name, count in asked.items()
     ]
 
 
@@ -57,9 +66,12 @@ def test_answer_defaults_to_the_processors_count(tiny):
     assert default == answer(*tiny, image, QUESTION, tiny[1].num_vision_tokens, max_new_tokens=5)
 
 
-def test_impossible_count_is_refused(folder):
-    with pytest.raises(ValueError, match="num_vision_tokens.*5"):
-        ask(folder, "--num_vision_tokens", 5)
+@pytest.mark.parametrize(
+    ("count", "reason"), [("5", "`=5"), ("9x9", r"`=\(9, 9\)"), ("medium", "`='medium'"), ("4,4", "` lists 2 counts")]
+)
+def test_impossible_count_is_refused(folder, count, reason):
+    with pytest.raises(ValueError, match=f"`num_vision_tokens{reason}"):
+        ask(folder, "--num_vision_tokens", count)
 
 
 @pytest.mark.parametrize("content", [None, b"not an image", b""])

@@ -1,6 +1,4 @@
-import asyncio
 import base64
-import copy
 import io
 import json
 import re
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
 
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
@@ -27,33 +25,11 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from tokenflex import TokenFlexModel  # noqa: E402
 from tokenflex.inference import serve  # noqa: E402
 
 
 IMAGES = [draw_scene(5, index).image for index in range(3)]
 QUESTION, HARD = "which color is the paper?", "how many dots are there?"
-
-
-@pytest.fixture(scope="module")
-def calibrated(tiny):
-    """A model that takes the largest count for one of two questions."""
-    model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    easy, hard = (model.read_questions(**encode(processor, IMAGES[:1], text))[0] for text in (QUESTION, HARD))
-    weight = 10 * (hard - easy) / (hard - easy).square().sum()
-    model.config.vision_token_chooser = {
-        "choices": [4, 16, 36],
-        "weight": [[0.0] * len(weight)] * 2 + [weight.tolist()],
-        "bias": [0.0, 0.0, -float(weight @ (easy + hard)) / 2],
-        "tolerance": 0.1,
-    }
-    return model, processor
-
-
-def encode(processor, images, question, **options):
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=images, text=prompt, add_special_tokens=False, return_tensors="pt", **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,65 +80,100 @@ def ask(server, *parts, question=QUESTION, **options):
     return reply.choices[0].message.content, counts and [int(count) for count in counts.split(",")], reply.usage
 
 
-def expected(calibrated, images, counts, question=QUESTION):
+@pytest.fixture(scope="module")
+def expected(calibrated, encode):
+    """The answer that `generate` gives, and the tokens of its prompt."""
     model, processor = calibrated
-    options = {"num_vision_tokens": counts} if isinstance(counts, list) else {}
-    inputs = encode(processor, images, question, **options)
-    output = model.generate(**inputs, num_vision_tokens=counts, max_new_tokens=5, do_sample=False)
-    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer, inputs["input_ids"].shape[1]
+
+    def expected(images, counts, question=QUESTION):
+        options = {"num_vision_tokens": counts} if counts != "auto" else {}
+        inputs = encode(processor, images, question, **options)
+        output = model.generate(**inputs, num_vision_tokens=counts, max_new_tokens=5, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer, inputs["input_ids"].shape[1]
+
+    return expected
 
 
 @pytest.mark.parametrize("count", [4, 16, 36, 1, 64])
-def test_a_request_is_answered_at_its_count(server, calibrated, count):
+def test_a_request_is_answered_at_its_count(server, expected, count):
     answer, counts, usage = ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": count})
     assert counts == [count]
-    assert answer == expected(calibrated, IMAGES[:1], [count])[0]
-    assert usage.prompt_tokens == expected(calibrated, IMAGES[:1], [count])[1]
+    assert answer == expected(IMAGES[:1], [count])[0]
+    assert usage.prompt_tokens == expected(IMAGES[:1], [count])[1]
     body = {"chat_template_kwargs": {"num_vision_tokens": count}}
     assert ask(server, part(IMAGES[0]), extra_body=body)[:2] == (answer, counts)
 
 
-def test_details_are_counts_of_each_image(server, calibrated):
+@pytest.mark.parametrize(("text", "counts"), [("4x2", [(4, 2)]), ("16", [16]), ("high", [36])])
+def test_counts_are_written_as_on_the_command_line(server, expected, text, counts):
+    answer, told, usage = ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": text})
+    assert (answer, usage.prompt_tokens) == expected(IMAGES[:1], counts)
+    assert told == [count if isinstance(count, int) else count[0] * count[1] for count in counts]
+
+
+def test_details_are_counts_of_each_image(server, expected):
     assert ask(server, part(IMAGES[0], "low"))[1] == [4]
     assert ask(server, part(IMAGES[0], "high"))[1] == [36]
     answer, counts, _ = ask(server, part(IMAGES[0], "low"), part(IMAGES[1], "high"), part(IMAGES[2]))
     assert counts == [4, 36, 36], "an image without `detail` has the checkpoint's default"
-    assert answer == expected(calibrated, IMAGES, [4, 36, 36])[0]
+    assert answer == expected(IMAGES, [4, 36, 36])[0]
     asked = {"num_vision_tokens": [16, 4]}
     assert ask(server, part(IMAGES[0], "low"), part(IMAGES[1]), extra_body=asked)[1] == [16, 4], "a number goes first"
     assert ask(server)[1] is None, "no image, no count"
 
 
-def test_auto_is_what_generate_chooses_with_one_run_of_the_tower(server, calibrated, monkeypatch):
+@pytest.fixture
+def tower_runs(calibrated, monkeypatch):
+    """The number of images in each run of a vision tower, of whichever model."""
     runs, tower = [], type(calibrated[0].model.vision_tower)
     forward = tower.forward
-    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+
+    def noted(self, pixel_values, *args, **kwargs):
+        runs.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(tower, "forward", noted)
+    return runs
+
+
+def test_auto_is_what_generate_chooses_with_one_run_of_the_tower(server, expected, tower_runs):
     for question, count in ((QUESTION, 4), (HARD, 36)):
-        runs.clear()
+        tower_runs.clear()
         answer, counts, usage = ask(server, part(IMAGES[0], "auto"), question=question)
-        assert len(runs) == 1
+        assert tower_runs == [1]
         assert counts == [count]
-        assert answer == expected(calibrated, IMAGES[:1], "auto", question)[0]
-        assert usage.prompt_tokens == expected(calibrated, IMAGES[:1], counts, question)[1]
+        assert answer == expected(IMAGES[:1], "auto", question)[0]
+        assert usage.prompt_tokens == expected(IMAGES[:1], counts, question)[1]
         assert ask(server, part(IMAGES[0]), question=question, extra_body={"num_vision_tokens": "auto"})[1] == counts
-
-
-def test_an_uncalibrated_checkpoint_leaves_auto_to_the_default(tiny, calibrated):
-    plain = serve.ChatHandler("plain", *tiny, serve.ImageReader(), num_vision_tokens=16)
-    assert plain.resolve_counts(None, ["auto", "low"]) == [16, 4]
-    assert plain.resolve_counts(None, ["auto"]) == [16]
-    assert plain.resolve_counts(None, [None]) == 16
-    assert serve.ChatHandler("able", *calibrated, serve.ImageReader()).resolve_counts(None, ["auto"]) == "auto"
 
 
 def test_streams_add_up_to_the_whole_answer(server):
     client, model, _ = server
     messages = [{"role": "user", "content": [part(IMAGES[0]), {"type": "text", "text": QUESTION}]}]
     options = {"model": model, "messages": messages, "max_tokens": 5, "temperature": 0}
-    whole = ask(server, part(IMAGES[0]), extra_body={"num_vision_tokens": 16})[0]
-    chunks = client.chat.completions.create(stream=True, extra_body={"num_vision_tokens": 16}, **options)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    options["extra_body"] = {"num_vision_tokens": 16}
+    whole = client.chat.completions.create(**options)
+    raw = client.chat.completions.with_raw_response.create(stream=True, **options)
+    assert raw.headers["X-Vision-Tokens"] == "16"
+    chunks = list(raw.parse())
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert {(chunk.object, chunk.model) for chunk in chunks} == {("chat.completion.chunk", model)}
+
+
+def test_what_fails_behind_the_status_ends_the_stream_with_its_reason(calibrated, tmp_path):
+    """Beams, which a checkpoint may ask for, are never streamed."""
+    model, processor = calibrated
+    save_checkpoint(tmp_path / "model", model, processor)
+    GenerationConfig(**{**model.generation_config.to_diff_dict(), "num_beams": 2}).save_pretrained(tmp_path / "model")
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
+    with TestClient(serve.build_app(str(tmp_path / "model"), device_map="cpu")) as client:
+        events = client.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")
+        assert "beam" in json.loads(events[1].removeprefix("data: "))["error"]["message"]
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert client.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == 2
 
 
 def test_eight_clients_at_once_get_what_each_would_alone(server):
@@ -197,15 +208,17 @@ def test_images_come_over_http_too(server):
 BAD_REQUESTS = [
     ([part(IMAGES[0])], {"num_vision_tokens": 5}, "Nearest: 4 or 9"),
     ([part(IMAGES[0])], {"num_vision_tokens": 100}, "from 1 to 8"),
-    ([part(IMAGES[0])], {"num_vision_tokens": "16"}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": "sixteen"}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": ["low"]}, "give a count"),
+    ([part(IMAGES[0])], {"num_vision_tokens": "4x9"}, r"from \(1, 1\)"),
     ([part(IMAGES[0])], {"num_vision_tokens": True}, "give a count"),
     ([part(IMAGES[0])], {"num_vision_tokens": [4, 16]}, "lists 2 counts for 1 image"),
     ([part(IMAGES[0], "medium")], {}, "low, high, auto"),
     ([part("data:image/png;base64,%%%")], {}, "no base64"),
     ([part("data:image/png;base64,aGVsbG8=")], {}, "no image that can be read"),
     ([part(data_url(IMAGES[0])[:-40])], {}, "cannot be decoded|damaged"),
-    ([part(Image.new("L", (2000, 1000)))], {}, "2 megapixels; at most 1"),
-    ([part(Image.new("L", (700, 1000)))] * 2, {}, "the request has 1 megapixels; at most 1"),
+    ([part(Image.new("L", (2000, 1000)))], {}, "there are 2 megapixels; at most 1"),
+    ([part(Image.new("L", (700, 1000)))] * 2, {}, "there are 1.4 megapixels; at most 1"),
     ([part(IMAGES[0])] * 4, {}, "at most 3 images"),
     ([part("/etc/hostname")], {}, "neither a data: nor"),
     ([part("file:///etc/hostname")], {}, "neither a data: nor"),
@@ -222,8 +235,10 @@ BAD_REQUESTS = [
     ([], {"stop": [""]}, "stop"),
     ([], {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "takes no 'chat_template'"),
     ([], {"chat_template_kwargs": {"tokenize": False}}, "takes no 'tokenize'"),
-    ([], {"chat_template_kwargs": "4"}, "give an object"),
-    ([], {"generation_config": '{"num_beams": 100000}'}, "not taken"),
+    ([], {"chat_template_kwargs": "4"}, "chat_template_kwargs.*dictionary"),
+    ([], {"generation_config": '{"num_beams": 100000}'}, "generation_config.*not permitted"),
+    ([], {"num_vision_tokens": "sixteen"}, "give a count"),
+    ([], {"num_vision_token": 4}, "num_vision_token.*not permitted"),
 ]
 
 
@@ -254,30 +269,6 @@ def test_fields_of_the_api_do_what_they_say(server):
     token = vocabulary["red"] if "red" in vocabulary else max(vocabulary.values())
     answer = ask(server, part(IMAGES[0]), max_tokens=1, logit_bias={str(token): 100})[0]
     assert answer == AutoProcessor.from_pretrained(model).decode([token], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_data_urls_come_in_many_shapes(kind):
-    reader = serve.ImageReader()
-    url = data_url(IMAGES[0], kind)
-    expected = reader.read_image(url)
-    safe = url.replace("+", "-").rstrip("=")
-    head, _, content = url.partition(",")
-    broken_up = head + "," + "\n".join(content[i : i + 76] for i in range(0, len(content), 76)) + "\n"
-    for other in (safe, broken_up, url.replace("data:", "DATA:")):
-        assert reader.read_image(other).tobytes() == expected.tobytes()
-
-
-def test_an_answer_that_nobody_waits_for_ends(calibrated):
-    handler = serve.ChatHandler("model", *calibrated, serve.ImageReader())
-    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1000, "logit_bias": {"2": -100}}
-
-    class Gone:
-        async def is_disconnected(self):
-            return True
-
-    reply = json.loads(asyncio.run(handler.handle_request(body, "id", Gone())).body)
-    assert reply["usage"]["completion_tokens"] < 1000
 
 
 def test_the_command_serves(server, tmp_path):
@@ -328,26 +319,15 @@ def test_the_documented_request_is_answered(server, capsys):
     )
 
 
-def test_a_chat_s_images_run_through_the_tower_once(calibrated, tmp_path, monkeypatch):
+def test_a_chat_s_images_run_through_the_tower_once(calibrated, expected, tmp_path, tower_runs):
     save_checkpoint(tmp_path / "model", *calibrated)
-    runs = []
-    run_tower = TokenFlexModel._run_tower
-    monkeypatch.setattr(
-        TokenFlexModel, "_run_tower", lambda self, images: (runs.append(len(images)), run_tower(self, images))[1]
-    )
-    app = serve.build_app(str(tmp_path / "model"), keep_images=2, device_map="cpu")
-    content = [part(IMAGES[0]), {"type": "text", "text": QUESTION}]
-    messages = [{"role": "user", "content": content}]
+    messages = [{"role": "user", "content": [part(IMAGES[0]), {"type": "text", "text": QUESTION}]}]
     replies = []
-    with TestClient(app) as client:
-        for count in (4, 36):
-            body = {"model": str(tmp_path / "model"), "messages": messages, "max_tokens": 5, "temperature": 0}
-            reply = client.post("/v1/chat/completions", json={**body, "num_vision_tokens": count}).json()
-            replies.append(reply["choices"][0]["message"]["content"])
-            messages = [
-                *messages,
-                {"role": "assistant", "content": replies[-1]},
-                {"role": "user", "content": "and now?"},
-            ]
-    assert runs == [1]
-    assert replies[0] == expected(calibrated, IMAGES[:1], [4])[0]
+    with TestClient(serve.build_app(str(tmp_path / "model"), keep_images=2, device_map="cpu")) as client:
+        for count in (4, 36, "auto"):
+            body = {"messages": messages, "max_tokens": 5, "temperature": 0, "num_vision_tokens": count}
+            reply = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            replies.append(reply["content"])
+            messages = [*messages, reply, {"role": "user", "content": "and now?"}]
+    assert tower_runs == [1]
+    assert replies[0] == expected(IMAGES[:1], [4])[0]

@@ -74,7 +74,7 @@ def load_processor(checkpoint, **kwargs):
 
 
 def process(processor, images, **kwargs):
-    """What the images of a request become: the fields of each, and the ids that each placeholder is replaced by."""
+    """The form that a request's images take: the fields of each, and the ids that replace each placeholder."""
     inputs = processor(
         text=processor.image_token * len(images),
         images=images,
@@ -129,7 +129,7 @@ def test_the_model_has_what_the_backend_reads(model, config):
 
 
 def test_the_projector_has_the_form_that_is_fused(model):
-    swiglu = model.multi_modal_projector.swiglu
+    swiglu = model.multi_modal_projector.connector
     tracer = torch.fx.Tracer()
     tracer.is_leaf_module = lambda *_: True
     graph = tracer.trace(swiglu)
@@ -146,7 +146,7 @@ def test_the_projector_has_the_form_that_is_fused(model):
 def test_the_projector_works_when_fused(tiny, model, monkeypatch):
     """Fusing takes `gate` and `up` away and changes the forward of the module that has them, and of no other."""
     pixel_values = tiny[1](images=IMAGES, return_tensors="pt")["pixel_values"]
-    swiglu = model.multi_modal_projector.swiglu
+    swiglu = model.multi_modal_projector.connector
     with torch.no_grad():
         expected = model.get_image_features(pixel_values, num_vision_tokens=16).pooler_output
         gate_up = torch.nn.Linear(swiglu.gate.in_features, 2 * swiglu.gate.out_features, bias=False)

@@ -1,7 +1,7 @@
 import pytest
 
 from tokenflex.evaluation.intervals import Interval
-from tokenflex.research.analysis import analyse, verdict
+from tokenflex.research.analysis import analyze, verdict
 from tokenflex.research.arms import DISTILL_EQUAL, FIXED, PAPER
 
 
@@ -30,7 +30,7 @@ def runs():
 
 
 def test_means_are_over_families_and_seeds(runs):
-    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {"steps": [("10 steps", 5, 10)]})
+    table = analyze(runs, FLOPS, {"limited": (5, 10)}, {"steps": [("10 steps", 5, 10)]})
     row = table["regimes"]["limited"]["fixed-4"]
     assert row["accuracy"]["4"]["mean"] == 0.75  # (1/2 + 1) / 2
     assert row["accuracy"]["16"]["seeds"] == [0.5, 0.5] and row["accuracy"]["16"]["spread"] == 0
@@ -42,7 +42,7 @@ def test_means_are_over_families_and_seeds(runs):
 
 
 def test_differences_are_of_one_seed_and_one_question(runs):
-    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    table = analyze(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
     assert table["draw-235"]["gain"]["4"]["mean"] == pytest.approx(0.125)
     assert table["draw-235"]["gain"]["16"]["mean"] == 0.5
     assert table["draw-235"]["gain"]["36"]["mean"] == 0.75
@@ -51,14 +51,14 @@ def test_differences_are_of_one_seed_and_one_question(runs):
 
 
 def test_cost_is_relative_to_the_papers_draw(runs):
-    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    table = analyze(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
     assert table["draw-235"]["flops"] == 1 and table["fixed-36"]["flops"] == 1.5
     assert table["distill-flops"]["flops"] == 1 and table["distill-flops"]["steps"] == 4
 
 
 def test_a_seed_that_only_one_has_is_left_out(runs):
     runs.append(run(PAPER.name, 2, all_right(0)))
-    table = analyse(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    table = analyze(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
     assert table["draw-235"]["gain"]["16"]["mean"] == 0.5
     assert table["draw-235"]["accuracy"]["16"]["mean"] == pytest.approx(2 / 3)
 
@@ -66,7 +66,7 @@ def test_a_seed_that_only_one_has_is_left_out(runs):
 def test_runs_of_other_images_and_steps_are_kept_apart(runs):
     others = [run(arm.name, 0, all_right(), num_images=None) for arm in (*FIXED, PAPER)]
     regimes = {"limited": (5, 10), "rich": (None, 10)}
-    table = analyse(runs + others, FLOPS, regimes, {})["regimes"]
+    table = analyze(runs + others, FLOPS, regimes, {})["regimes"]
     assert table["rich"]["fixed-36"]["accuracy"]["36"]["mean"] == 1
     assert table["rich"]["fixed-36"]["accuracy"]["36"]["spread"] is None
     assert table["limited"]["fixed-36"]["accuracy"]["36"]["mean"] == 0

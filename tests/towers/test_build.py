@@ -79,7 +79,7 @@ LIST_TEMPLATE = (
 TEMPLATES = {"trimmed": LLAMA_TEMPLATE, "lists": LIST_TEMPLATE}
 CHAT = [
     {"role": "system", "content": "  be brief "},
-    {"role": "user", "content": "which colour?\n"},
+    {"role": "user", "content": "which color?\n"},
     {"role": "assistant", "content": "red"},
     {"role": "user", "content": "and <|image_pad| what 日本?"},
 ]
@@ -95,7 +95,7 @@ def make_tokenizer(special=(), template=LLAMA_TEMPLATE, adds_bos=True, **tokens)
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["which colour is the shape? the paper is red, the ring is blue"] * 4, trainer)
+    tokenizer.train_from_iterator(["which color is the shape? the paper is red, the ring is blue"] * 4, trainer)
     if adds_bos:
         tokenizer.post_processor = transformers.tokenization_utils_tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)]
@@ -106,7 +106,7 @@ def make_tokenizer(special=(), template=LLAMA_TEMPLATE, adds_bos=True, **tokens)
     return tokenizer
 
 
-def randomised(model):
+def randomized(model):
     """Whatever transformers leaves at zero or one (class tokens, norms, positions) gets values of its own."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -135,7 +135,7 @@ def save(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             torch.manual_seed(len(folders))
             model = (save_tower if name in TOWERS else save_language_model)(name, dtype)
-            randomised(model).to(dtype).save_pretrained(folder)
+            randomized(model).to(dtype).save_pretrained(folder)
             if name in LANGUAGE_MODELS:
                 make_tokenizer().save_pretrained(folder)
             folders[name, dtype] = str(folder)
@@ -265,7 +265,7 @@ def test_text_chats_stay_as_they_were(save, tmp_path, template):
         ids = own.apply_chat_template(CHAT, return_dict=True)["input_ids"]
         encoded = processor.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
         assert encoded == [ids] and ids.count(1) == (template == "trimmed")
-        for text in ("which colour?", " naïve 日本\n", "</s><s>"):
+        for text in ("which color?", " naïve 日本\n", "</s><s>"):
             assert processor.tokenizer(text)["input_ids"] == own(text)["input_ids"]
         with_image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which?"}]}]
         rendered = processor.apply_chat_template(with_image)
@@ -463,7 +463,7 @@ def test_arguments_are_checked(save, monkeypatch, arguments, message):
 
 
 def test_unknown_towers_are_taken_when_their_prefix_is_given(save, tmp_path):
-    vit = randomised(transformers.ViTMSNModel(transformers.ViTMSNConfig(**VISION))).eval()
+    vit = randomized(transformers.ViTMSNModel(transformers.ViTMSNConfig(**VISION))).eval()
     vit.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no preprocessor_config.json.*'vit_msn'"):
         build_from_towers(tmp_path, save("qwen2"), num_prefix_tokens=1)

@@ -1,12 +1,12 @@
 import datasets
 import pytest
 import torch
+from helpers import read_rows
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.cli import main
-from tokenflex.data.loading import load_rows
 from tokenflex.towers.init import init_checkpoint
 from tokenflex.towers.tiny import tiny_model_and_processor
 
@@ -34,7 +34,7 @@ def file(tmp_path):
 
 
 def test_tokenizer_knows_the_words_of_the_data(file):
-    _, processor = init_checkpoint(load_rows(file))
+    _, processor = init_checkpoint(read_rows(file))
     words = " ".join(QUESTIONS).split(" ")
     assert len(processor.tokenizer(QUESTIONS[0])["input_ids"]) <= len(words)
     ids = processor.tokenizer("naïve 日本 ?")["input_ids"]
@@ -51,8 +51,8 @@ def test_tower_is_taken_over_and_the_rest_is_new(file, tmp_path, tiny):
     model = AutoModelForImageTextToText.from_pretrained(start)
     own = model.model.vision_tower.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in trained.model.vision_tower.state_dict().items())
-    projector = model.model.multi_modal_projector.swiglu.gate.weight
-    assert not torch.equal(projector, trained.model.multi_modal_projector.swiglu.gate.weight)
+    projector = model.model.multi_modal_projector.connector.gate.weight
+    assert not torch.equal(projector, trained.model.multi_modal_projector.connector.gate.weight)
     assert len(AutoProcessor.from_pretrained(start).tokenizer) == model.config.text_config.vocab_size
 
 
@@ -60,4 +60,4 @@ def test_a_tower_of_another_size_is_refused(file, tmp_path):
     other = tiny_model_and_processor(width=32)
     save_checkpoint(tmp_path / "other", *other)
     with pytest.raises(ValueError, match="`vision_tower`=.* differs from the tiny tower in .*hidden_size"):
-        init_checkpoint(load_rows(file), vision_tower=str(tmp_path / "other"))
+        init_checkpoint(read_rows(file), vision_tower=str(tmp_path / "other"))

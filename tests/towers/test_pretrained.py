@@ -100,7 +100,7 @@ def test_what_is_no_tower_is_refused(tmp_path):
     edit_config(tmp_path / "siglip", num_hidden_layers=3)
     refused(folder, "lacks 16 weights of a SiglipVisionModel, such as 'encoder.layers.2")
     edit_config(tmp_path / "siglip", num_hidden_layers=2, quantization_config={"quant_method": "awq"})
-    refused(folder, "`vision_tower`=.* is quantised")
+    refused(folder, "`vision_tower`=.* is quantized")
 
 
 def test_what_is_no_language_model_is_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_what_is_no_language_model_is_refused(tmp_path):
 
 
 def test_tokens_that_are_there_are_not_added(tmp_path):
-    tokenizer = train_tokenizer(["which colour?"])
+    tokenizer = train_tokenizer(["which color?"])
     saved(tmp_path, causal("llama"))
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path)
@@ -147,7 +147,7 @@ def test_tokens_that_are_there_are_not_added(tmp_path):
 
 
 def test_a_plain_token_of_that_name_becomes_special(tmp_path):
-    tokenizer = train_tokenizer(["which colour?"])
+    tokenizer = train_tokenizer(["which color?"])
     saved(tmp_path, causal("llama"))
     tokenizer.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -165,7 +165,7 @@ def test_a_plain_token_of_that_name_becomes_special(tmp_path):
 
 def test_padding_falls_back_to_the_end_token(tmp_path):
     saved(tmp_path, causal("llama"))
-    tokenizer = train_tokenizer(["which colour?"])
+    tokenizer = train_tokenizer(["which color?"])
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
@@ -204,7 +204,7 @@ CROPPING = BitImageProcessorPil(size={"shortest_edge": 14}, crop_size=14, image_
     ],
 )
 @pytest.mark.parametrize("in_processor", [False, True])
-def test_images_are_resized_whole_and_normalised_as_the_tower_wants(
+def test_images_are_resized_whole_and_normalized_as_the_tower_wants(
     tmp_path, model_type, own, resample, mean, std, in_processor
 ):
     config = AutoConfig.for_model(model_type, **VISION)

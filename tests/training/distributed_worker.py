@@ -1,5 +1,5 @@
 """
-Trains tiny models as one of several processes, or alone, and writes what came of it, for test_distributed.py to compare:
+Trains tiny models as one of several processes, or alone, and writes the outcome, for test_distributed.py to compare:
 
     accelerate launch --config_file training/accelerate/ddp.yaml --num_processes 2 --mixed_precision no \
         tests/training/distributed_worker.py FOLDER
@@ -127,10 +127,10 @@ class Runs:
             self.train(f"resumed-{step}", resume=str(checkpoint), **options)
 
     def freeze(self):
-        self.train("tower-frozen", max_steps=3, frozen=["vision_tower"], activation_checkpointing=True)
+        self.train("tower-frozen", max_steps=3, frozen=["vision_tower"], gradient_checkpointing=True)
         self.train("alignment", max_steps=3, frozen=["vision_tower", "language_model"])
-        self.train("checkpointing", max_steps=3, activation_checkpointing=True)
-        self.train("clip", self.clip(), max_steps=3, activation_checkpointing=True)
+        self.train("checkpointing", max_steps=3, gradient_checkpointing=True)
+        self.train("clip", self.clip(), max_steps=3, gradient_checkpointing=True)
 
     def clip(self):
         config = copy.deepcopy(self.model.config)

@@ -206,8 +206,8 @@ def test_streams_need_batches_that_are_not_handed_out(narrow, tmp_path):
     for config, fails in (({}, True), ({"dispatch_batches": False}, False)):
         collator = TokenFlexDataCollator(narrow[1])
         args = TrainingArguments(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no",
-            remove_unused_columns=False, accelerator_config=config,
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            save_strategy="no", remove_unused_columns=False, accelerator_config=config,
         )  # fmt: skip
         model = copy.deepcopy(narrow[0])
         trainer = Trainer(model, args, data_collator=collator, train_dataset=Stream(), callbacks=[collator.callback])

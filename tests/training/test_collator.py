@@ -349,8 +349,7 @@ def test_rows_are_measured_at_the_largest_count_with_all_their_tiles(narrow):
     processor.crop_to_patches, processor.max_patches = True, 4
     row = {"image": Image.new("RGB", (200, 60)), "question": "short?", "answer": "yes"}
     collator = TokenFlexDataCollator(processor, [4, 36], [1, 1])
-    collator.follows_trainer = True
-    batch = collator([row])
+    batch = collator.collate([row])
     assert len(batch["pixel_values"]) > 1
     assert collator.measure(row)[0] == batch["input_ids"].shape[1]
 

@@ -144,4 +144,4 @@ def test_command_writes_a_whole_model(alone, together):
     torch.testing.assert_close(both, one, rtol=0, atol=1e-4)
     assert not torch.equal(both["lm_head.weight"], start["lm_head.weight"])
     assert torch.equal(both["lm_head.weight"], both["model.language_model.embed_tokens.weight"])
-    assert not (together / "command" / ".incomplete").exists()
+    assert not list((together / "command").glob("*.incomplete"))

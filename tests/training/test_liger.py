@@ -1,6 +1,6 @@
 """
-Liger's kernels need Triton: on a machine without a GPU the tests that run them do so in Triton's interpreter, which has
-to be chosen before Triton is imported, and therefore in a process of their own.
+Liger's kernels need Triton: on a machine without a GPU the tests that run them do so in Triton's interpreter, which
+has to be chosen before Triton is imported, and therefore in a process of their own.
 """
 
 import os
@@ -73,8 +73,8 @@ def gemma(processor):
     config = TokenFlexConfig(
         vision_config=SiglipVisionConfig(**size, image_size=64, patch_size=8),
         text_config=Gemma2Config(
-            **size, num_key_value_heads=2, head_dim=8, vocab_size=len(processor.tokenizer), final_logit_softcapping=0.5,
-            pad_token_id=0, bos_token_id=None, eos_token_id=2,
+            **size, num_key_value_heads=2, head_dim=8, vocab_size=len(processor.tokenizer),
+            final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=None, eos_token_id=2,
         ),
         image_token_id=processor.image_token_id,
         num_vision_tokens=36,
@@ -178,9 +178,9 @@ def test_fused_loss_can_be_left_out(batch):
 def fit(model, tmp_path, **kwargs):
     collator = TokenFlexDataCollator(tiny_model_and_processor(width=32)[1])
     args = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.1, optim="sgd",
-        logging_steps=1, save_strategy="no", remove_unused_columns=False, use_cpu=DEVICE == "cpu", report_to="none",
-        disable_tqdm=True, per_device_eval_batch_size=2, prediction_loss_only=True, **kwargs,
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.1,
+        optim="sgd", logging_steps=1, save_strategy="no", remove_unused_columns=False, use_cpu=DEVICE == "cpu",
+        report_to="none", disable_tqdm=True, per_device_eval_batch_size=2, prediction_loss_only=True, **kwargs,
     )  # fmt: skip
     data = SyntheticVQA(4, seed=1, questions_per_image=2)
     trainer = Trainer(

@@ -27,7 +27,7 @@ from tokenflex.training.lora import add_adapters, lora_config, merge_adapters, n
 
 peft = pytest.importorskip("peft")
 
-PROJECTOR = {f"multi_modal_projector.swiglu.{name}.weight" for name in ("gate", "up", "down")}
+PROJECTOR = {f"multi_modal_projector.connector.{name}.weight" for name in ("gate", "up", "down")}
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
 
@@ -183,10 +183,10 @@ def test_trainer_changes_what_is_trained_and_nothing_else(base, tmp_path, vision
 
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     runs = [
-        fit(adapt(base, vision_tower=True), tmp_path, activation_checkpointing=checkpointing)
+        fit(adapt(base, vision_tower=True), tmp_path, gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
     ]
-    assert [run.model.is_activation_checkpointing for run in runs] == [False, True]
+    assert [run.model.is_gradient_checkpointing for run in runs] == [False, True]
     losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in runs]
     assert losses[0] == losses[1] and len(losses[0]) == 3
     for (name, weight), other in zip(runs[0].model.named_parameters(), runs[1].model.parameters()):
@@ -294,7 +294,7 @@ def test_qlora_trains_saves_and_merges(wide_base, tmp_path, prepare):
     for of_merged, of_quantised in zip(logits_of(merged), logits_of(trainer.model.eval())):
         error = (of_merged - of_quantised).norm() / of_merged.norm()
         assert error < 0.3  # the rounding of weights to 4 bits
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="holds quantized weights"):
         model = load(wide_base, quantization_config=nf4_config())
         model.save_pretrained(tmp_path / "quantised")
         merge_adapters(tmp_path / "quantised", tmp_path / "checkpoint-2")

@@ -43,9 +43,7 @@ def rows_of_all_kinds(draw):
 
 
 def collate(processor, rows, count):
-    collator = TokenFlexDataCollator(processor, [count], [1.0])
-    collator.follows_trainer = True
-    return collator(rows)
+    return TokenFlexDataCollator(processor, [count], [1.0]).collate(rows)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
@@ -95,7 +93,12 @@ def test_every_token_has_the_logits_it_had_in_a_row_of_its_own(narrow, rows, cou
 @few
 def test_one_row_told_apart_by_positions_alone_is_the_same(narrow, rows):
     model, processor = narrow
-    single = [{**row, "questions": row["questions"][:1], "answers": row["answers"][:1]} if isinstance(row, dict) and "questions" in row else row for row in rows]  # fmt: skip
+    single = [
+        {**row, "questions": row["questions"][:1], "answers": row["answers"][:1]}
+        if isinstance(row, dict) and "questions" in row
+        else row
+        for row in rows
+    ]
     batch = collate(processor, single, 16)
     packed, _ = pack_rows(batch, processor.image_token_id, one_row=True)
     assert packed["input_ids"].shape == (1, int(batch["attention_mask"].sum()))

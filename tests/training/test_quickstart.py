@@ -1,12 +1,15 @@
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
-from tokenflex.training.quickstart import STAGES, TEST_SEED, TRAIN_SEEDS, quickstart
+from tokenflex.checkpoints.provenance import read_provenance
+from tokenflex.training.quickstart import STAGES, TEST_SEED, TOWER_SEED, quickstart
 
 
 SCALE = {"steps_scale": 0.005, "test_images": 20}
@@ -57,12 +60,20 @@ def test_checkpoint_loads_through_the_auto_classes(folder):
         assert model(**inputs).logits.isfinite().all()
 
 
+def test_checkpoint_says_how_it_was_made(folder):
+    made, saw, *trained = read_provenance(folder / "checkpoint")["stages"]
+    assert (made["stage"], saw["steps"]) == ("new weights", 4)
+    facts = [(stage["stage"], stage.get("frozen")) for stage in trained]
+    assert facts == [("training", ["vision_tower"]), ("training", None)]
+
+
 def test_test_images_are_none_of_the_training_images():
-    assert TRAIN_SEEDS.keys() == {stage.name for stage in STAGES}
-    assert len({TEST_SEED, *TRAIN_SEEDS.values()}) == len(STAGES) + 1
+    names = [name for recipe in STAGES for name in yaml.safe_load(recipe.read_text())["dataset"]]
+    seeds = [int(name.partition("@")[2]) for name in names]  # of their own, whatever `--seed` says
+    assert len({TEST_SEED, TOWER_SEED, *seeds}) == 2 + len(names)
 
 
-def test_second_run_trains_nothing_and_ends_the_same(folder, monkeypatch, capsys):
+def test_second_run_trains_nothing_and_ends_the_same(folder, monkeypatch, capsys, caplog):
     before = weights(folder)
     answers = (folder / "predictions.jsonl").read_text()
 
@@ -74,11 +85,12 @@ def test_second_run_trains_nothing_and_ends_the_same(folder, monkeypatch, capsys
     after = weights(folder)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (folder / "predictions.jsonl").read_text() == answers
-    assert capsys.readouterr().out.count("Done by a former run") == len(STAGES)
+    assert capsys.readouterr().out.count("Done by a former run") == 1
+    assert caplog.text.count("this run has ended") == len(STAGES)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"steps_scale": 0.006}, {"fresh": True}])
-def test_other_settings_use_no_former_stage(folder, monkeypatch, change):
+def test_other_settings_use_no_former_stage(folder, tmp_path, monkeypatch, change):
     class Trained(Exception):
         pass
 
@@ -86,8 +98,10 @@ def test_other_settings_use_no_former_stage(folder, monkeypatch, change):
         raise Trained
 
     monkeypatch.setattr(Trainer, "train", stop)
+    shutil.copytree(folder / "stages", tmp_path / "stages")
     with pytest.raises(Trained):
-        quickstart(folder, **{**SCALE, **change})
+        quickstart(tmp_path, **{**SCALE, **change})
+    assert not list(tmp_path.glob("stages/stage*"))
 
 
 def test_same_seed_ends_the_same_whatever_was_drawn_before(folder, tmp_path):

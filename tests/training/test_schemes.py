@@ -2,15 +2,16 @@ import copy
 
 import pytest
 import torch
+from helpers import assert_same_weights
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tokenflex.data.examples import Example
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
-from tokenflex.training.schemes import NestedLoss
+from tokenflex.training.schemes import nested_loss
 from tokenflex.training.trainer import TokenFlexTrainer
 
 
@@ -28,36 +29,33 @@ def rows(with_text=True):
     return [drawn[0], *([TEXT] if with_text else []), *[drawn[i] for i in range(1, 5)]]
 
 
-def nested_loss(model, processor, scheme="nested", **options):
-    """The loss and gradients that training would have, by way of the collator and its callback alone."""
+def nested(model, processor, scheme="nested", **options):
+    """The loss and gradients that training would have, by way of the collator alone."""
     model = copy.deepcopy(model).train()
     collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=0, scheme=scheme, **options)
-    collator.follows_trainer = True
-    arranged, origin = collator.arrange(collator(rows()), collator.draw(0))
-    loss = NestedLoss(
-        model.loss_function,
+    arranged, origin = collator.arrange(collator.collate(rows()), collator.draw(0))
+    loss = nested_loss(
+        model(**arranged).logits,
+        arranged["labels"],
+        origin,
         WEIGHTS,
         teacher=2,
         distillation_weight=options.get("distillation_weight", 0),
         temperature=options.get("distillation_temperature", 1),
     )
-    loss.rows, model.loss_function = origin, loss
-    value = model(**arranged).loss
-    value.backward()
-    return value.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
 
 
 def separate_outputs(model, processor, count):
-    collator = TokenFlexDataCollator(processor, [count], [1])
-    collator.follows_trainer = True
-    batch = collator(rows())
+    batch = TokenFlexDataCollator(processor, [count], [1]).collate(rows())
     output = model(**batch)
     return output.loss, output.logits[:, :-1][batch["labels"][:, 1:] != -100]
 
 
 def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow):
     model, processor = narrow
-    loss, gradients = nested_loss(model, processor)
+    loss, gradients = nested(model, processor)
     model = copy.deepcopy(model).train()
     expected = sum(
         weight / 10 * separate_outputs(model, processor, count)[0] for count, weight in zip(CHOICES, WEIGHTS)
@@ -71,7 +69,7 @@ def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow):
 def test_distillation_adds_the_divergence_from_the_largest_count(narrow):
     model, processor = narrow
     options = {"distillation_weight": 0.7, "distillation_temperature": 2.0}
-    loss, gradients = nested_loss(model, processor, "distill", **options)
+    loss, gradients = nested(model, processor, "distill", **options)
     model = copy.deepcopy(model).train()
     outputs = [separate_outputs(model, processor, count) for count in CHOICES]
     teacher = (outputs[2][1].detach() / 2).softmax(-1)
@@ -121,18 +119,51 @@ def test_a_step_split_into_micro_batches_is_the_same_step(narrow, tmp_path, sche
 def test_every_sample_has_a_draw_of_its_own(narrow, tmp_path):
     model, processor = narrow
     collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=1, scheme="sample")
-    collator.follows_trainer = True
     drawn = collator.draw(3, samples=range(5))
     assert len(set(drawn)) > 1
-    arranged, _ = collator.arrange(collator(rows(with_text=False)), drawn)
+    arranged, _ = collator.arrange(collator.collate(rows(with_text=False)), drawn)
     assert (arranged["input_ids"] == processor.image_token_id).sum(-1).tolist() == drawn
     assert [collator.draw(3, samples=[i])[0] for i in range(5)] == drawn
 
 
-def test_the_models_own_loss_is_back_after_training(narrow, tmp_path):
-    trainer, _ = fit(narrow, tmp_path, SyntheticVQA(15, 3), scheme="distill")
-    assert not isinstance(trainer.model.loss_function, NestedLoss)
-    assert trainer.evaluate(SyntheticVQA(2, 4)).keys() >= {"eval_4_accuracy", "eval_16_accuracy", "eval_36_accuracy"}
+def fit_plain(narrow, folder, callbacks=(), **options):
+    """Training as by [`TokenFlexTrainer`], with the plain Trainer."""
+    collator = TokenFlexDataCollator(narrow[1], scheme=options.pop("scheme"), packing=options.pop("packing", False))
+    if options.get("compute_loss_func") == "the callback's":
+        options["compute_loss_func"] = collator.callback.compute_loss
+    args = TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=5, learning_rate=1e-3, use_cpu=True, seed=5,
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        copy.deepcopy(narrow[0]), args, data_collator=collator, callbacks=[collator.callback, *callbacks],
+        train_dataset=SyntheticVQA(15, 3), eval_dataset=SyntheticVQA(2, 4), **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("scheme", ["nested", "distill"])
+def test_the_plain_trainer_nests_by_the_callbacks_loss(narrow, tmp_path, scheme):
+    plain = fit_plain(narrow, tmp_path, scheme=scheme, compute_loss_func="the callback's")
+    wired, _ = fit(narrow, tmp_path, SyntheticVQA(15, 3), scheme=scheme)
+    assert_same_weights(plain.model.state_dict(), wired.model.state_dict())
+    assert plain.evaluate()["eval_loss"] == pytest.approx(fit_loss(plain.model, narrow[1]), rel=1e-5)
+
+
+def fit_loss(model, processor):
+    rows = SyntheticVQA(2, 4)
+    batch = TokenFlexDataCollator(processor, [36], [1]).collate([rows[0], rows[1]])
+    with torch.no_grad():
+        return model.eval()(**batch).loss.item()
+
+
+@pytest.mark.parametrize("options", [{"scheme": "batch"}, {"scheme": "sample", "packing": True}], ids=str)
+def test_the_callbacks_loss_is_the_usual_one_where_nothing_is_nested(narrow, tmp_path, options):
+    usual, given = (
+        fit_plain(narrow, tmp_path, compute_loss_func=loss, **options) for loss in (None, "the callback's")
+    )
+    assert_same_weights(usual.model.state_dict(), given.model.state_dict())
 
 
 def test_a_batch_without_images_is_not_repeated(narrow, tmp_path):
@@ -158,14 +189,11 @@ def test_distillation_needs_a_count_to_learn(narrow, tmp_path, choices, weights)
         TokenFlexDataCollator(narrow[1], choices, weights, scheme="distill")
 
 
-def test_a_trainer_that_computes_its_own_loss_cannot_nest(narrow, tmp_path):
-    model, processor = copy.deepcopy(narrow[0]), narrow[1]
-    collator = TokenFlexDataCollator(processor, scheme="nested")
-    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, remove_unused_columns=False, report_to="none")
-    trainer = Trainer(
-        model, args, data_collator=collator, callbacks=[collator.callback], train_dataset=SyntheticVQA(8, 1),
-        compute_loss_func=lambda outputs, labels, **kwargs: outputs.logits.float().logsumexp(-1).mean(),
-    )  # fmt: skip
-    trainer.model_accepts_loss_kwargs = False
-    with pytest.raises(ValueError, match="TRL's SFTTrainer and Liger compute the loss without it"):
-        trainer.train()
+@pytest.mark.parametrize("loss", [None, lambda outputs, labels, **kwargs: outputs.logits.float().logsumexp(-1).mean()])
+def test_a_trainer_that_computes_another_loss_cannot_nest(narrow, tmp_path, loss):
+    class NoStep(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            raise AssertionError("weights have moved by another loss")
+
+    with pytest.raises(ValueError, match="compute_loss_func=collator.callback.compute_loss"):
+        fit_plain(narrow, tmp_path, scheme="nested", compute_loss_func=loss, callbacks=[NoStep()])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_weights
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,7 +22,8 @@ from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.collator import TokenFlexDataCollator
 from tokenflex.training.lora import add_adapters, lora_config
-from tokenflex.training.trainer import TokenFlexTrainer, clean_up
+from tokenflex.training.resume import clean_up, find_checkpoint, mark_incomplete
+from tokenflex.training.trainer import TokenFlexTrainer
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,6 @@ def always_yes(num_rows):
 
 def weights(trainer):
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
 
 
 @pytest.mark.parametrize(
@@ -201,35 +197,81 @@ def test_reports_go_to_tensorboard_with_all_figures(narrow, tmp_path, monkeypatc
     assert wanted <= {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
 
 
-def test_a_full_disk_leaves_the_checkpoints_that_were_there(narrow, tmp_path, monkeypatch):
-    trainer = make_trainer(narrow, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
-    save = TokenFlexTrainer._save_optimizer_and_scheduler
+def steps_saved(folder):
+    return {int(path.name.rsplit("-", 1)[1]) for path in folder.glob("checkpoint-*")}
 
-    def fail_at_four(self, folder):
-        if self.state.global_step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, folder)
 
-    monkeypatch.setattr(TokenFlexTrainer, "_save_optimizer_and_scheduler", fail_at_four)
+class FullDisk(dict):
+    """A scheduler's state that cannot be written."""
+
+    def __reduce__(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(narrow, tmp_path):
+    class FillAtFour(TrainerCallback):
+        def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+            if state.global_step == 4:
+                lr_scheduler.state_dict = FullDisk
+
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
-    monkeypatch.undo()
+        make_trainer(narrow, tmp_path, callbacks=[FillAtFour()], **options).train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
     whole = make_trainer(narrow, tmp_path / "whole")
     whole.train()
-    resumed = make_trainer(narrow, tmp_path)
+    resumed = make_trainer(narrow, tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in resumed.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
+    assert steps_saved(tmp_path) == {6}
     assert_same_weights(weights(resumed), weights(whole))
 
 
-def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(narrow, tmp_path):
-    make_trainer(narrow, tmp_path, save_strategy="steps", save_steps=3).train()
-    (tmp_path / ".incomplete").mkdir()
-    (tmp_path / "checkpoint-6").rename(tmp_path / ".incomplete" / "replaced-checkpoint-6")
-    (tmp_path / ".incomplete" / "checkpoint-6").mkdir()
+def test_what_is_marked_as_incomplete_is_deleted_and_nothing_else(narrow, tmp_path):
+    for step in (2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mark_incomplete(tmp_path / "checkpoint-3")
+    mark_incomplete(tmp_path / "checkpoint-5")
     clean_up(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
-    assert (tmp_path / "checkpoint-6" / "optimizer.pt").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_half_a_checkpoint_of_another_folder_is_not_gone_on_from(narrow, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(narrow, tmp_path / "killed", **options).train()
+    mark_incomplete(tmp_path / "killed" / "checkpoint-2")
+    half = f"{tmp_path}/killed/checkpoint-2/"
+    with pytest.raises(ValueError, match="half a checkpoint"):
+        make_trainer(narrow, tmp_path / "new", **options).train(half)
+    with pytest.raises(ValueError, match="is no checkpoint of a training run"):
+        find_checkpoint(half, tmp_path / "new", {})
+
+
+def test_what_is_saved_by_hand_after_an_interruption_is_whole(narrow, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(narrow, tmp_path, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    clean_up(tmp_path)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_that_is_written_again_is_incomplete_meanwhile(narrow, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(narrow, tmp_path, **options).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+            lr_scheduler.state_dict = FullDisk
+
+    with pytest.raises(OSError, match="No space left"):
+        make_trainer(narrow, tmp_path, callbacks=[Stop()], **options).train(str(tmp_path / "checkpoint-2"))
+    clean_up(tmp_path)
+    assert steps_saved(tmp_path) == {2, 6}
 
 
 def test_the_last_checkpoints_are_kept(narrow, tmp_path):
@@ -250,6 +292,7 @@ def _train_in_child(folder, packing):
     trainer = make_trainer(
         narrow, folder, max_steps=40, save_strategy="steps", save_steps=2, save_total_limit=2, packing=packing
     )
+    clean_up(folder)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     trainer.save_model(f"{folder}/end")
 
@@ -266,18 +309,16 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_one_left_alone(tm
         process.start()
         aim = reached + rng.randint(1, 4)
         while process.is_alive() and killed < 5:
-            saved = [
-                int(found[1])
-                for name in os.listdir(tmp_path / "killed")
-                if (found := re.fullmatch(r"checkpoint-(\d+)", name))
-            ]
-            writing = (tmp_path / "killed" / ".incomplete").is_dir()
+            names = os.listdir(tmp_path / "killed")
+            saved = [int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
+            writing = any(name.endswith(".incomplete") for name in names)
             if max(saved, default=0) >= aim and (writing or rng.random() < 0.001):
                 os.kill(process.pid, signal.SIGKILL)
                 killed += 1
                 break
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
+        clean_up(tmp_path / "killed")
         last = get_last_checkpoint(tmp_path / "killed")
         if last is not None:
             step = json.loads(Path(last, "trainer_state.json").read_text())["global_step"]
@@ -295,4 +336,4 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_one_left_alone(tm
         assert process.exitcode == 0
     ends = [AutoModelForImageTextToText.from_pretrained(tmp_path / folder / "end") for folder in ("killed", "whole")]
     assert_same_weights(*(dict(model.named_parameters()) for model in ends))
-    assert not (tmp_path / "killed" / ".incomplete").exists()
+    assert not list((tmp_path / "killed").glob("*.incomplete"))

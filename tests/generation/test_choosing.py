@@ -2,13 +2,15 @@ import copy
 
 import pytest
 import torch
+from helpers import give_chooser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tokenflex.checkpoints.files import save_checkpoint
-from tokenflex.choosing_tokenflex import smallest_sufficient
 from tokenflex.data.synthetic import draw_scene
+from tokenflex.generation_tokenflex import smallest_sufficient
 from tokenflex.towers.tiny import tiny_model_and_processor
 
 
@@ -21,9 +23,7 @@ def chooser():
     model, processor = tiny_model_and_processor()
     hidden_size = model.config.text_config.hidden_size
     weight = 0.3 * torch.randn(3, hidden_size, generator=torch.Generator().manual_seed(0))
-    model.config.vision_token_chooser = {
-        "choices": CHOICES, "weight": weight.tolist(), "bias": [0.0, 0.0, 0.0], "tolerance": 0.1
-    }  # fmt: skip
+    give_chooser(model, CHOICES, weight)
     return model.eval(), processor
 
 
@@ -146,6 +146,8 @@ def test_the_chooser_travels_with_the_checkpoint_and_is_checked(chooser, tmp_pat
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
     inputs = encode(processor, range(6))
     assert loaded.choose_vision_tokens(**inputs) == model.choose_vision_tokens(**inputs)
-    broken = {**model.config.vision_token_chooser, "bias": [0.0]}
-    with pytest.raises(ValueError, match="`vision_token_chooser` needs rising `choices`"):
+    weights = load_file(tmp_path / "checkpoint/model.safetensors")
+    assert torch.equal(weights["model.vision_token_chooser.weight"], model.model.vision_token_chooser.weight)
+    broken = {**model.config.vision_token_chooser, "choices": [16, 4, 36]}
+    with pytest.raises(ValueError, match="`vision_token_chooser`=.* needs rising `choices`"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", vision_token_chooser=broken)

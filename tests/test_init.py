@@ -12,20 +12,6 @@ def run(script):
     ).stdout.splitlines()
 
 
-def test_the_package_and_its_help_are_imported_without_torch():
-    script = """
-import sys
-import tokenflex
-from tokenflex import cli
-try:
-    cli.main(["--help"])
-finally:
-    print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
-"""
-    assert run(script)[-1] == "[]"
-
-
-# The first makes the configuration, half imported, import the Auto classes; the second makes them import the core.
 @pytest.mark.parametrize(
     "first",
     [
@@ -55,8 +41,5 @@ print(PROCESSOR_MAPPING[type(config)].__name__)
     ]
 
 
-def test_public_names_are_listed_and_others_are_refused():
-    assert set(tokenflex.__all__) <= set(dir(tokenflex))
+def test_public_names_are_what_they_are_called():
     assert all(getattr(tokenflex, name).__name__ == name for name in tokenflex.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'TokenFlexConfiguration'"):
-        _ = tokenflex.TokenFlexConfiguration

@@ -1,0 +1,158 @@
+"""Videos in chat messages as their frames, which TokenFLEX takes as images."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from transformers.image_utils import (
+    ChannelDimension,
+    infer_channel_dimension_format,
+    load_image,
+    to_numpy_array,
+)
+from transformers.utils import is_av_available, is_cv2_available, is_decord_available, is_torchcodec_available
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
+
+
+def expand_videos(
+    messages: Sequence[dict],
+    num_frames: int | None = None,
+    fps: float | None = None,
+    num_vision_tokens: int | tuple[int, int] = 256,
+    num_vision_tokens_per_frame: int | tuple[int, int] | None = None,
+) -> tuple[list[dict], list[int | tuple[int, int]]]:
+    """
+    Turns every video of a conversation into its frames: a line `FrameN: ` and an image part for each.
+
+    Args:
+        messages (`Sequence[dict]`):
+            Chat messages. A part of type `video` has, in `video`, `path` or `url`, a file, a list of images or of
+            image files, or a `uint8` array of shape `(num_frames, height, width, channels)`, and may have `num_frames`
+            or `fps` of its own.
+        num_frames (`int`, *optional*): Number of frames to take of each video, evenly spaced. Defaults to all.
+        fps (`float`, *optional*): Frames per second to take; of a list of frames, `video_fps` of its part is the
+            rate that it was recorded at.
+        num_vision_tokens (`int` or `tuple[int, int]`, *optional*, defaults to 256): The count of other images.
+        num_vision_tokens_per_frame (`int` or `tuple[int, int]`, *optional*):
+            The count of each frame. Defaults to the largest square that is at most a quarter of `num_vision_tokens`.
+
+    Returns:
+        `tuple[list[dict], list]`: New messages without videos, and the count of each of their images, as the
+        processor's `num_vision_tokens` takes them.
+
+    Raises:
+        ValueError: If a video has no frames or is nothing of that kind, or both `num_frames` and `fps` are given.
+        ImportError: If a video file is given and no decoder is installed.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from tokenflex.data.videos import expand_videos
+
+    >>> video = {"type": "video", "video": [Image.new("RGB", (64, 64))] * 8}
+    >>> messages = [{"role": "user", "content": [video, {"type": "text", "text": "what moves?"}]}]
+    >>> messages, counts = expand_videos(messages, num_frames=2, num_vision_tokens=36)
+    >>> [part["type"] for part in messages[0]["content"]], counts
+    (['text', 'image', 'text', 'text', 'image', 'text', 'text'], [9, 9])
+    ```
+    """
+    if num_vision_tokens_per_frame is None:
+        own = math.prod(num_vision_tokens) if isinstance(num_vision_tokens, tuple) else num_vision_tokens
+        num_vision_tokens_per_frame = max(1, math.isqrt(own // 4)) ** 2
+    expanded, counts = [], []
+    for message in messages:
+        if not isinstance(message["content"], (list, tuple)):
+            expanded.append(message)
+            continue
+        parts = []
+        for part in message["content"]:
+            if part.get("type") != "video":
+                parts.append(part)
+                counts += [num_vision_tokens] * (part.get("type") in ("image", "image_url"))
+                continue
+            source = next((part[name] for name in ("video", "path", "url") if part.get(name) is not None), None)
+            own = {"num_frames": part.get("num_frames"), "fps": part.get("fps")}
+            own = own if any(own.values()) else {"num_frames": num_frames, "fps": fps}
+            for number, frame in enumerate(sample_frames(source, **own, video_fps=part.get("video_fps")), start=1):
+                parts += [
+                    {"type": "text", "text": f"Frame{number}: "},
+                    {"type": "image", "image": frame},
+                    {"type": "text", "text": "\n"},
+                ]
+                counts.append(num_vision_tokens_per_frame)
+        expanded.append({**message, "content": parts})
+    return expanded, counts
+
+
+def sample_frames(
+    video, num_frames: int | None = None, fps: float | None = None, video_fps: float | None = None
+) -> list[PIL.Image.Image]:
+    """
+    Reads one video's frames, evenly sampled as transformers' video processors do.
+
+    Args:
+        video:
+            A path or URL of a video file, a list of images or of image files, or an array of shape `(num_frames,
+            height, width, channels)` or `(num_frames, channels, height, width)`.
+        num_frames (`int`, *optional*): Number of frames to take. Defaults to all.
+        fps (`float`, *optional*): Frames per second to take.
+        video_fps (`float`, *optional*): The rate of a video that is given as frames.
+
+    Returns:
+        `list[PIL.Image.Image]`: The frames.
+
+    Raises:
+        ValueError:
+            If both `num_frames` and `fps` are given, more frames are asked for than there are, or it is no video.
+        ImportError: If a video file is given and no decoder is installed.
+    """
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"`num_frames`={num_frames} and `fps`={fps} exclude each other: give one of them.")
+    if isinstance(video, (str, Path)):
+        frames, _ = load_video(str(video), num_frames=num_frames, fps=fps, backend=_decoder(video))
+        return [_to_image(frame) for frame in frames]
+    if not isinstance(video, (list, tuple)) and getattr(video, "ndim", None) != 4:
+        shape = f" of shape {tuple(video.shape)}" if getattr(video, "shape", None) is not None else ""
+        raise ValueError(
+            f"A video is a {type(video).__name__}{shape}: give a list of images, an array of shape (num_frames, "
+            "height, width, channels), or the path of a video file."
+        )
+    if len(video) == 0:
+        raise ValueError("A video has no frames: give at least one.")
+    if num_frames is not None and not 1 <= num_frames <= len(video):
+        raise ValueError(f"`num_frames`={num_frames}: the video has {len(video)} frames, so give 1 to {len(video)}.")
+    metadata = VideoMetadata(total_num_frames=len(video), fps=video_fps)
+    indices = default_sample_indices_fn(metadata, num_frames=num_frames, fps=fps).tolist()
+    return [_to_image(video[index]) for index in indices]
+
+
+def _decoder(video: str | Path) -> str:
+    decoders = {
+        "torchcodec": is_torchcodec_available,
+        "pyav": is_av_available,
+        "decord": is_decord_available,
+        "opencv": is_cv2_available,
+    }
+    for name, is_available in decoders.items():
+        if is_available():
+            return name
+    raise ImportError(
+        f"The video {str(video)!r} is a file and no video decoder is installed: install one (`pip install av`), or "
+        "pass the frames as a list of images or an array."
+    )
+
+
+def _to_image(frame) -> PIL.Image.Image:
+    if isinstance(frame, PIL.Image.Image):
+        return frame
+    if isinstance(frame, (str, Path)):
+        return load_image(str(frame))
+    pixels = to_numpy_array(frame)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"A video holds frames of type {pixels.dtype}: give uint8 values from 0 to 255.")
+    if pixels.ndim == 3 and infer_channel_dimension_format(pixels) == ChannelDimension.FIRST:
+        pixels = pixels.transpose(1, 2, 0)
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)

@@ -1,0 +1,310 @@
+"""Chat completions of one model, answered one by one, each at the vision-token count that it asks for."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..configuration_tokenflex import resolve_named_count, resolve_vision_token_grids
+from ..placeholders_tokenflex import at_count
+from .chat_request import ChatRequest
+from .counts import parse_num_vision_tokens
+from .kept_features import KeptFeatures
+from .messages import MessageReader
+
+
+DEFAULT_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A request that is ready to be answered.
+
+    Args:
+        inputs (`dict`): Arguments of `generate` that hold the prompt.
+        options (`dict`): Its other arguments.
+        tokens (`int`): The length of the prompt, vision tokens included.
+        vision_tokens (`list[int]`): Those of each image.
+        stops (`list[str]`): The strings that end the answer.
+        seed (`int`, *optional*): The seed to sample from.
+    """
+
+    inputs: dict
+    options: dict
+    tokens: int
+    vision_tokens: list[int]
+    stops: list[str]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    An answer.
+
+    Args:
+        text (`str`): The answer, without the string that ended it.
+        tokens (`int`): Number of generated tokens.
+        finish_reason (`str`): `"stop"`, or `"length"` if it was cut off.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+class ClientLeft(StoppingCriteria):
+    """Ends an answer that nobody waits for any more."""
+
+    def __init__(self):
+        self.left = threading.Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+
+    async def watch(self, is_disconnected: Callable[[], Awaitable[bool]]) -> None:
+        while not await is_disconnected():
+            await asyncio.sleep(0.5)
+        self.left.set()
+
+
+class ChatModel:
+    """
+    Answers chats at the count that a request, or each of its images, asks for. In order: the body's
+    `num_vision_tokens` (a count or grid, a list of one per image, `"low"`, `"high"` or `"auto"`), each image's
+    `detail`, the server's default.
+
+    Args:
+        name (`str`): The name of the model in requests.
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        messages ([`MessageReader`], *optional*): Reads messages and their images. Defaults to one with default limits.
+        num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*):
+            The count of requests that ask for none. Defaults to the processor's.
+        keep_images (`int`, *optional*): Number of images whose tower features to keep. Defaults to none.
+
+    Raises:
+        ValueError: If the model cannot do the default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model,
+        processor,
+        messages: MessageReader | None = None,
+        num_vision_tokens: int | tuple[int, int] | str | None = None,
+        keep_images: int | None = None,
+    ):
+        self.name, self.model, self.processor = name, model, processor
+        self.messages = messages or MessageReader()
+        self.kept = None if keep_images is None else KeptFeatures(model, keep_images)
+        self.choices = model.config.vision_token_choices
+        self.can_choose = model.config.vision_token_chooser is not None
+        self.num_vision_tokens = resolve_named_count(parse_num_vision_tokens(num_vision_tokens), self.choices)
+        self.readers = ThreadPoolExecutor(16, "read")  # a slow address makes only those wait who name one
+        self.encoders = ThreadPoolExecutor(2, "encode")
+        self.generator = ThreadPoolExecutor(1, "generate")
+        default = self.resolve_counts(None, [None])
+        if default != "auto":
+            resolve_vision_token_grids(default, 1, processor.patch_grid)
+
+    def resolve_counts(self, asked, details: list[str | None]) -> int | tuple[int, int] | list | str:
+        """
+        The counts of a request's images.
+
+        Args:
+            asked (`int`, `list` or `str`, *optional*): The request's `num_vision_tokens`.
+            details (`list[str | None]`): Each image's `detail`.
+
+        Returns:
+            `int`, `tuple[int, int]`, a list or `"auto"`: `"auto"` if the model is to choose.
+
+        Raises:
+            ValueError: If `asked` is nothing of that kind, or the model has not learned to choose.
+        """
+        default = self.processor.num_vision_tokens if self.num_vision_tokens is None else self.num_vision_tokens
+        if asked is not None or set(details) <= {None}:
+            counts = default if asked is None else resolve_named_count(parse_num_vision_tokens(asked), self.choices)
+            if counts == "auto" and not self.can_choose:
+                raise ValueError(
+                    "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex "
+                    f"calibrate` on it, or ask for 'low' ({min(self.choices)}), 'high' ({max(self.choices)}) or any "
+                    "count."
+                )
+            return counts
+        # As OpenAI has it, `auto` leaves the choice to the server: to the model if it has learned to choose.
+        if set(details) == {"auto"} and self.can_choose:
+            return "auto"
+        default = self.processor.num_vision_tokens if default == "auto" else default
+        return [
+            default if detail in (None, "auto") else resolve_named_count(detail, self.choices) for detail in details
+        ]
+
+    async def read(self, request: ChatRequest) -> Prompt:
+        """
+        Reads a request; with `"auto"` the model also chooses its count.
+
+        Raises:
+            ValueError: If something is wrong with the request.
+        """
+        if request.model not in (None, self.name):
+            raise ValueError(f"`model`={request.model!r}: this server is pinned to {self.name!r}.")
+        loop = asyncio.get_running_loop()
+        options, template = request.generation_options(), self._template_variables(request)
+        asked = template.pop("num_vision_tokens", None)
+        asked = asked if request.num_vision_tokens is None else request.num_vision_tokens
+        vocab_size = self.model.config.text_config.vocab_size
+        for (token,) in options.get("sequence_bias", {}):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"`logit_bias`: there is no token {token}; they are 0 to {vocab_size - 1}.")
+        messages, details = await loop.run_in_executor(self.readers, self.messages.read, request.messages)
+        counts = self.resolve_counts(asked, details)
+        inputs = await loop.run_in_executor(
+            self.encoders, self._encode, messages, counts, len(details), {"tools": request.tools, **template}
+        )
+        if details and (counts == "auto" or self.kept is not None):
+            inputs = await loop.run_in_executor(self.generator, self._see, inputs)
+        tokens, vision_tokens = self._count_tokens(inputs)
+        default = self.model.generation_config.max_new_tokens or DEFAULT_MAX_TOKENS
+        options["max_new_tokens"] = self._fit(options.get("max_new_tokens", default), tokens)
+        return Prompt(inputs, options, tokens, vision_tokens, request.stops, request.seed)
+
+    async def answer(self, prompt: Prompt, is_disconnected: Callable[[], Awaitable[bool]]) -> Completion:
+        """
+        The whole answer.
+
+        Args:
+            prompt ([`Prompt`]): The request.
+            is_disconnected (`Callable`): Tells whether the client has left, which ends the answer.
+        """
+        criterion = ClientLeft()
+        watch = asyncio.create_task(criterion.watch(is_disconnected))
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.generator, self._generate, prompt, criterion)
+        finally:
+            criterion.left.set()
+            watch.cancel()
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[str | Completion]:
+        """The answer's text, piece by piece, and at its end the whole; whoever closes the iterator ends the answer."""
+        criterion = ClientLeft()
+        streamer = AsyncTextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        loop = asyncio.get_running_loop()
+        generating = loop.run_in_executor(self.generator, self._generate, prompt, criterion, streamer)
+        try:
+            async for piece in until(prompt.stops, streamer):
+                yield piece
+            yield await generating
+        finally:
+            criterion.left.set()
+            generating.cancel()
+
+    def _template_variables(self, request: ChatRequest) -> dict:
+        written = self.processor.chat_template
+        names = set(re.findall(r"\w+", written if isinstance(written, str) else json.dumps(written)))
+        names = names - {"messages", "tools", "documents", "add_generation_prompt"} | {"num_vision_tokens"}
+        template = request.chat_template_kwargs or {}
+        for name in template:
+            if name not in names:
+                raise ValueError(f"`chat_template_kwargs`: the chat template takes no {name!r} from a request.")
+        return dict(template)
+
+    def _encode(self, messages: list[dict], counts, num_images: int, template: dict) -> dict:
+        encoded_at = min(self.choices) if counts == "auto" else counts
+        if num_images:
+            resolve_vision_token_grids(encoded_at, num_images, self.processor.patch_grid)
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenize=True,
+            processor_kwargs={"num_vision_tokens": encoded_at} if num_images else {},
+            **template,
+        )
+        return {**inputs.to(self.model.device), **({"num_vision_tokens": counts} if num_images else {})}
+
+    @torch.no_grad()
+    def _see(self, inputs: dict) -> dict:
+        """The inputs with the tower's features for the pixels, and the count that the model chooses if it is to."""
+        pixel_values, counts = inputs.pop("pixel_values"), inputs.pop("num_vision_tokens")
+        if self.kept is None:
+            features = self.model.get_image_features(pixel_values, 1, return_dict=True)
+        else:
+            features = BaseModelOutputWithPooling(last_hidden_state=self.kept.encode(pixel_values))
+        inputs["mm_encoder_outputs"] = {"image": features}
+        if counts == "auto":
+            [counts] = self.model.choose_vision_tokens(**inputs)
+        return {**inputs, "num_vision_tokens": counts}
+
+    def _count_tokens(self, inputs: dict) -> tuple[int, list[int]]:
+        """The tokens of the prompt at the count it is answered at, and the vision tokens of each image among them."""
+        if "vision_token_grids" not in inputs:
+            return inputs["input_ids"].shape[1], []
+        prompt = at_count(inputs, inputs["num_vision_tokens"], self.model.config)
+        return prompt["input_ids"].shape[1], prompt["vision_token_grids"].prod(-1).tolist()
+
+    def _fit(self, max_new_tokens: int, length: int) -> int:
+        """The longest answer that still fits behind the prompt."""
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is None:
+            return max_new_tokens
+        if length >= limit:
+            raise ValueError(
+                f"The prompt has {length} tokens, and the model takes {limit} with its answer: shorten it, or use "
+                "fewer vision tokens."
+            )
+        return min(max_new_tokens, limit - length)
+
+    def _generate(
+        self, prompt: Prompt, criterion: ClientLeft, streamer: AsyncTextIteratorStreamer | None = None
+    ) -> Completion:
+        if prompt.seed is not None:
+            torch.manual_seed(prompt.seed)
+        tokenizer = self.processor.tokenizer
+        more = {"stopping_criteria": StoppingCriteriaList([criterion]), "tokenizer": tokenizer, "streamer": streamer}
+        try:
+            output = self.model.generate(**prompt.inputs, **prompt.options, **more)
+        except Exception:
+            if streamer is not None:
+                streamer.end()  # nobody else tells those who read it
+            raise
+        ids = output[0, prompt.inputs["input_ids"].shape[1] :].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        answer = text[: find_stop(prompt.stops, text)]
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        is_cut_off = len(ids) >= prompt.options["max_new_tokens"] and ids[-1] not in ends and answer == text
+        return Completion(answer, len(ids), "length" if is_cut_off else "stop")
+
+
+def find_stop(stops: list[str], text: str) -> int:
+    """The place where the first of the strings that end a text begins, or the text's length."""
+    return min((text.find(stop) for stop in stops if stop in text), default=len(text))
+
+
+async def until(stops: list[str], pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The pieces of a text up to the first of the strings that end it, in whichever pieces that lies."""
+    held, longest = "", max(map(len, stops), default=1)
+    async for piece in pieces:
+        held += piece
+        end = find_stop(stops, held)
+        if end < len(held):
+            held = held[:end]
+            break
+        ready = max(0, len(held) - longest + 1)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held
