@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
+# For `make matrix`: the tests to run, all if empty, and releases of transformers, each with what else differs there.
+TESTS ?=
+VERSIONS ?= 5.18.0,torch==2.9.1,torchao==0.16.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 5.24.0,torch==2.14.1
 
-.PHONY: demo test reproduce bench docs lint clean
+.PHONY: demo test matrix test-upstream reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -13,6 +16,12 @@ test: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+matrix: $(TESTABLE)
+	tests/matrix.sh "$(VERSIONS)" $(TESTS)
+
+test-upstream: $(TESTABLE)
+	tests/upstream/run.sh
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce
@@ -39,4 +48,4 @@ $(TESTABLE): $(INSTALLED)
 	touch $(TESTABLE)
 
 clean:
-	rm -rf .venv outputs build dist *.egg-info
+	rm -rf .matrix .venv outputs build dist *.egg-info
