@@ -245,8 +245,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.BoolTensor:
         """
-        Marks the positions that image features of shape `(total_vision_tokens, hidden_size)` replace: a mask of shape
-        `(batch_size, sequence_length, 1)`. Embeddings are searched where there are no `input_ids`.
+        Marks the positions that `image_features` of shape `(total_vision_tokens, hidden_size)` replace, in a mask of
+        shape `(batch_size, sequence_length, 1)`. `inputs_embeds` are searched where there are no `input_ids`.
 
         Raises:
             ValueError: If there are not as many placeholders as features.

@@ -28,7 +28,7 @@ for version in $1; do
     start=$SECONDS
     mkdir -p .matrix
     { environment "$version" && ".matrix/$version/bin/python" -m pytest "${@:2}"; } &> "$log" || failed=1
-    counted() { tail -n 1 "$log" | grep -oE "[0-9]+ ($1)" | awk '{ sum += $1 } END { print sum + 0 }'; }
+    counted() { grep -aE "[0-9]+ (passed|failed|error)" "$log" | tail -n 1 | grep -oE "[0-9]+ ($1)" | awk '{ sum += $1 } END { print sum + 0 }'; }
     table+=$'\n'"$version $(counted passed) $(counted 'failed|error') $(counted skipped) $(((SECONDS - start + 30) / 60))"
     grep -E "^(FAILED|ERROR)" "$log"
 done

@@ -1,6 +1,8 @@
 import pytest
 import torch
+import transformers
 from helpers import answer, assert_same, chat, encode, next_turn, without_images
+from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -100,6 +102,8 @@ def test_the_image_token_in_a_users_text_is_text_or_refused(tiny):
     messages[0]["content"].append({"type": "text", "text": "what does <|image_pad|> mean?"})
     with pytest.raises(ValueError, match=r"`text` has \[2\] per prompt, `images` holds \[1\]"):
         processor.apply_chat_template(messages, **template)
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before 5.23 transformers does not take a control token in a user's text as text")
     inputs, expected = (
         processor.apply_chat_template(
             messages, **template, sanitize_control_tokens=True, processor_kwargs={"num_vision_tokens": count}

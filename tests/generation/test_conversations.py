@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from helpers import IMAGES, MIXED, answer, assert_same, encode, fill, next_turn, without_images
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 
@@ -134,6 +136,8 @@ def test_a_copied_cache_answers_several_questions(tiny, tower_passes):
     ids=["beams", "chunked prefill", "several samples"],
 )
 def test_other_modes_go_on_in_the_cache(tiny, mode):
+    if "prefill_chunk_size" in mode and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before 5.23 transformers drops the images of later chunks, so that this is refused")
     model, processor = tiny
     inputs, answers, cache = first_turn(model, processor, [1, 2], 4)
     cache.batch_repeat_interleave(max(mode.get("num_beams", 1), mode.get("num_return_sequences", 1)))
