@@ -242,7 +242,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", nargs="*", choices=BUILDERS, default=list(BUILDERS), help="Default: all.")
     parser.add_argument(
-        "--counts", nargs="+", type=int, default=list(COUNTS), help="Tokens per image. Default: %(default)s."
+        "--num_vision_tokens",
+        nargs="+",
+        type=int,
+        default=list(COUNTS),
+        help="Tokens per image. Default: %(default)s.",
     )
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], help="Default: %(default)s.")
     parser.add_argument("--images", nargs="+", type=int, default=[1, 4], help="Per prompt. Default: %(default)s.")
@@ -250,8 +254,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=list(EXTRAS), help="Default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights and images. Default: %(default)s.")
     args = parser.parse_args(argv)
-    if wrong := [count for count in args.counts if round(count**0.5) ** 2 != count]:
-        parser.error(f"`--counts` {wrong}: an image's tokens are a square of n x n, such as {COUNTS}.")
+    if wrong := [count for count in args.num_vision_tokens if round(count**0.5) ** 2 != count]:
+        parser.error(f"`--num_vision_tokens` {wrong}: an image's tokens are a square of n x n, such as {COUNTS}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(
             f"`--device` {args.device} needs a CUDA GPU, and this machine has none: leave it out for the CPU."
@@ -276,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.extras:
         results["alone"] = measure_alone(args, photos, rates)
     for peer in args.peers:
-        for count in args.counts:
+        for count in args.num_vision_tokens:
             description, cells = measure_pair(args, peer, count, photos, rates)
             results["pairs"].append(description)
             results["cells"] += cells

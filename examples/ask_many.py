@@ -2,8 +2,8 @@
 Encodes an image once and asks many questions about it at several vision-token counts: the vision tower runs a single
 time.
 
-    python examples/ask_many.py --model outputs/demo/checkpoint --image outputs/demo/question.png \
-        --questions "which color is the paper?" "what shape is it?" --counts 4 16 36
+    python examples/ask_many.py --model_name_or_path outputs/demo/checkpoint --image outputs/demo/question.png \
+        --questions "which color is the paper?" "what shape is it?" --num_vision_tokens 4 16 36
 """
 
 import argparse
@@ -17,10 +17,10 @@ from tokenflex.data.images import decode_image
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask many questions about one image, encoded once.")
-    parser.add_argument("--model", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument("--image", required=True, help="An image file.")
     parser.add_argument("--questions", required=True, nargs="+", help="The questions, answered as one batch.")
-    parser.add_argument("--counts", type=int, nargs="+", help="Default: the model config's choices.")
+    parser.add_argument("--num_vision_tokens", type=int, nargs="+", help="Default: the model config's choices.")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="Longest answer. Default: %(default)s.")
     return parser.parse_args()
 
@@ -52,9 +52,9 @@ def ask(model, processor, image, questions: list[str], counts: list[int], max_ne
 
 def main() -> None:
     args = parse_args()
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto").eval()
-    counts = args.counts or model.config.vision_token_choices
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto").eval()
+    counts = args.num_vision_tokens or model.config.vision_token_choices
     answers = ask(model, processor, decode_image(args.image), args.questions, counts, args.max_new_tokens)
     for number, question in enumerate(args.questions):
         print(question)

@@ -2,7 +2,8 @@
 Scores a checkpoint at several vision-token counts and names the cheapest that is as good as the best, within a
 tolerance.
 
-    python examples/choose_count.py --model outputs/demo/checkpoint --dataset validation.parquet --tolerance 0.01
+    python examples/choose_count.py --model_name_or_path outputs/demo/checkpoint --dataset validation.parquet \
+        --tolerance 0.01
 
 A calibrated checkpoint (`tokenflex calibrate`) is also scored at `auto`. Choose on other rows than you report on.
 """
@@ -19,10 +20,10 @@ from tokenflex.evaluation.report import markdown_table
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Find the cheapest vision-token count that is good enough.")
-    parser.add_argument("--model", required=True, help="Checkpoint folder or Hub id.")
+    parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument("--dataset", required=True, help="Parquet, JSON, JSONL or CSV file of rows.")
     parser.add_argument(
-        "--counts",
+        "--num_vision_tokens",
         nargs="+",
         type=lambda text: text if text == "auto" else int(text),
         help="Counts to try, `auto` among them. Default: the model config's, and `auto` if it is calibrated.",
@@ -42,10 +43,10 @@ def cheapest(report: dict, tolerance: float) -> int | str:
 
 def main() -> None:
     args = parse_args()
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto")
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     rows = load_rows(DataArguments([args.dataset]), special_tokens=processor.tokenizer.all_special_tokens)
-    report, _ = evaluate(model, processor, rows, args.counts, args.batch_size, metric=args.metric)
+    report, _ = evaluate(model, processor, rows, args.num_vision_tokens, args.batch_size, metric=args.metric)
     print(markdown_table(report))
     count = cheapest(report, args.tolerance)
     best = max(report["mean"], key=report["mean"].get)

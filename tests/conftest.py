@@ -22,3 +22,10 @@ def pristine():
 @pytest.fixture(scope="module")
 def tiny(pristine):
     return copy.deepcopy(pristine)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """The tiny model at a quarter of its width, where what it answers does not matter."""
+    model, processor = tiny_model_and_processor(width=32)
+    return model.eval(), processor

@@ -64,12 +64,16 @@ def test_lora_takes_json_lines_and_own_counts(workplace, monkeypatch, capsys):
     pytest.importorskip("peft")
     line = '{"image": "outputs/demo/question.png", "question": "which color is the paper?", "answer": "pink"}\n'
     (workplace / "train.jsonl").write_text(2 * line)
-    run("finetune_lora.py", monkeypatch, *shlex.split("--dataset train.jsonl --max_steps 1 --counts 9 --weights 1"))
+    run(
+        "finetune_lora.py",
+        monkeypatch,
+        *shlex.split("--dataset train.jsonl --max_steps 1 --vision_token_choices 9 --vision_token_weights 1"),
+    )
     assert re.findall(DRAWN, capsys.readouterr().out) == ["9"]
 
 
 def test_the_cheapest_count_that_is_good_enough(workplace, monkeypatch, capsys):
-    cheapest = run("choose_count.py", monkeypatch, "--counts", "4", "36")["cheapest"]
+    cheapest = run("choose_count.py", monkeypatch, "--num_vision_tokens", "4", "36")["cheapest"]
     shown = capsys.readouterr().out
     assert re.search(r"^\| 4 \|.*\n\| 36 \|", shown, re.MULTILINE) and "ms to first token" in shown
     assert "Use num_vision_tokens=4:" in shown, "a model that knows nothing is as good at the smallest count"

@@ -112,7 +112,7 @@ def _train_tower(model: nn.Module, processor, folder: Path, seed: int, steps_sca
     """Saves the model, its tower trained, where a run of `train` would."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        labelled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)
+        labeled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)
     steps, batch_size = max(1, round(800 * steps_scale)), 32
     args = TrainingArguments(
         str(folder),
@@ -131,11 +131,11 @@ def _train_tower(model: nn.Module, processor, folder: Path, seed: int, steps_sca
         dataloader_pin_memory=False,
     )
     trainer = Trainer(
-        labelled,
+        labeled,
         args,
         data_collator=PatchLabelCollator(processor),
         train_dataset=PatchLabelDataset(steps * batch_size, TOWER_SEED),
-        optimizers=(MuonAdamW(labelled, args.learning_rate), None),
+        optimizers=(MuonAdamW(labeled, args.learning_rate), None),
     )
     trainer.train()
     made = add_stage({"base_models": [], "stages": []}, "new weights", seed=seed)

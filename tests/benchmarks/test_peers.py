@@ -137,7 +137,7 @@ def test_rounds_fall_with_the_batch():
 
 def test_one_run_measures_every_stage_of_every_peer(tmp_path, capsys):
     peers.main(
-        f"--output_dir {tmp_path} --size tiny --rounds 1 --batch_sizes 2 --images 1 --counts 64 "
+        f"--output_dir {tmp_path} --size tiny --rounds 1 --batch_sizes 2 --images 1 --num_vision_tokens 64 "
         "--extras scaling mixed second_question".split()
     )
     results = json.loads((tmp_path / "results.json").read_text())
@@ -166,5 +166,5 @@ def test_one_run_measures_every_stage_of_every_peer(tmp_path, capsys):
 
 def test_a_count_that_is_no_square_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        peers.main(["--output_dir", str(tmp_path), "--counts", "100", "60"])
+        peers.main(["--output_dir", str(tmp_path), "--num_vision_tokens", "100", "60"])
     assert "[60]" in capsys.readouterr().err

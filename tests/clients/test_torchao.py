@@ -8,7 +8,7 @@ from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
 
 
-pytest.importorskip("torchao", minversion="0.18")  # before, what it quantises cannot be saved
+pytest.importorskip("torchao", minversion="0.18")  # before, what it quantizes cannot be saved
 quantization = pytest.importorskip("torchao.quantization")
 
 IMAGES = [draw_scene(5, index).image for index in range(3)]

@@ -213,7 +213,7 @@ def test_no_usable_row_is_an_error_even_when_skipping(tmp_path, check_rows):
 
 
 @pytest.mark.parametrize("name", ["on_bad_row", "on_long_row", "check_rows"])
-def test_misspelt_choice_is_refused(name):
+def test_misspelled_choice_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}`='ignore': use 'error' or|`{name}`='ignore': use 'first' or"):
         read_rows("synthetic:1", **{name: "ignore"})
 

@@ -9,12 +9,6 @@ from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 @pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
-
-
-@pytest.fixture(scope="module")
 def images():
     return [row["image"] for row in SyntheticVQA(3, 0)]
 

@@ -18,12 +18,6 @@ from tokenflex.evaluation.report import COSTS
 from tokenflex.towers.tiny import tiny_model_and_processor
 
 
-@pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
-
-
 def png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -14,12 +14,6 @@ def weights_equal(first, second):
     return all(torch.equal(tensor, other[name]) for name, tensor in first.state_dict().items())
 
 
-@pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
-
-
 def test_same_seed_gives_the_same_model_whatever_the_global_seed(narrow):
     torch.manual_seed(123)
     state = torch.get_rng_state()

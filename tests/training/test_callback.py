@@ -7,14 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tokenflex.data.synthetic import SyntheticVQA
-from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
 
 
 class Recorder:

@@ -11,7 +11,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tokenflex.data.examples import BadRowError, Example
 from tokenflex.data.synthetic import SyntheticVQA
-from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens, to_example
 
 
@@ -21,12 +20,6 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], ex
 words = texts.map(str.strip).filter(bool)
 questions = st.sampled_from(["which color?", "which color is the dot?", "how many?", "how"]) | words
 pairs = st.lists(st.tuples(questions, words), min_size=1, max_size=4)
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
 
 
 def segments(batch):
@@ -60,17 +53,17 @@ def assert_same_batch(first, second):
 def test_labels_are_the_answers_and_their_end_tokens(narrow, asked):
     processor = narrow[1]
     batch = at(processor, 4)([row_of(asked)])
-    labelled = batch["labels"] != -100
-    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
-    said = processor.tokenizer.decode(batch["labels"][labelled], clean_up_tokenization_spaces=False)
+    labeled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][labeled], batch["input_ids"][labeled])
+    said = processor.tokenizer.decode(batch["labels"][labeled], clean_up_tokenization_spaces=False)
     assert said == "".join(answer + END for _, answer in asked)
     tokens = [processor.tokenizer(answer + END, add_special_tokens=False)["input_ids"] for _, answer in asked]
-    assert batch["labels"][labelled].tolist() == [token for ids in tokens for token in ids]
+    assert batch["labels"][labeled].tolist() == [token for ids in tokens for token in ids]
 
 
 @given(st.lists(pairs, min_size=1, max_size=3), st.sampled_from([1, 4, 16, 36, 64]))
 @few
-def test_image_tokens_and_padding_are_never_labelled(narrow, batch_of, count):
+def test_image_tokens_and_padding_are_never_labeled(narrow, batch_of, count):
     model, processor = narrow
     batch = at(processor, count)([row_of(asked, i) for i, asked in enumerate(batch_of)])
     hidden = batch["labels"] == -100
@@ -82,7 +75,7 @@ def test_image_tokens_and_padding_are_never_labelled(narrow, batch_of, count):
     assert torch.equal(segments(batch) == -1, batch["attention_mask"] == 0)
 
 
-def test_every_turn_of_a_conversation_is_labelled(narrow):
+def test_every_turn_of_a_conversation_is_labeled(narrow):
     processor = narrow[1]
     turns = [("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second")]
     messages = [{"role": role, "content": text} for role, text in [("system", "be brief"), *turns]]
@@ -142,15 +135,15 @@ def test_packed_questions_have_the_gradients_of_one_question_per_row(narrow):
 
 
 def answer_logits(model, batch, segment):
-    labelled = (batch["labels"] != -100) & (segments(batch) == segment)
+    labeled = (batch["labels"] != -100) & (segments(batch) == segment)
     with torch.no_grad():
         logits = model(**batch).logits
-    return logits[:, :-1][labelled[:, 1:]]
+    return logits[:, :-1][labeled[:, 1:]]
 
 
 @given(words, words, words, words)
 @few
-def test_a_question_does_not_see_its_neighbours(narrow, question, answer, other_question, other_answer):
+def test_a_question_does_not_see_its_neighbors(narrow, question, answer, other_question, other_answer):
     model, processor = narrow
     logits = []
     for second in ((question, answer), (other_question, other_answer)):
@@ -309,9 +302,9 @@ def test_sixteen_bit_grey_keeps_its_brightness(narrow):
         return at(narrow[1], 4)([{"image": image, "question": "which?", "answer": "this"}])["pixel_values"]
 
     for value in (0, 1000, 40_000, 65_535):
-        grey = pixels(Image.new("L", (5, 5), value >> 8))
-        torch.testing.assert_close(pixels(Image.new("I;16", (5, 5), value)), grey)
-        torch.testing.assert_close(pixels(Image.new("I", (5, 5), value)), grey)
+        gray = pixels(Image.new("L", (5, 5), value >> 8))
+        torch.testing.assert_close(pixels(Image.new("I;16", (5, 5), value)), gray)
+        torch.testing.assert_close(pixels(Image.new("I", (5, 5), value)), gray)
 
 
 def conversation(num_turns, image=True):

@@ -279,8 +279,8 @@ def wide_base(tmp_path_factory):
 def test_qlora_trains_saves_and_merges(wide_base, tmp_path, prepare):
     pytest.importorskip("bitsandbytes")
     model = load(wide_base, quantization_config=nf4_config(), dtype=torch.bfloat16)
-    quantised = {name for name, module in model.named_modules() if "4bit" in type(module).__name__}
-    assert quantised == linear_layers_inside(model, "language_model")
+    quantized = {name for name, module in model.named_modules() if "4bit" in type(module).__name__}
+    assert quantized == linear_layers_inside(model, "language_model")
     if prepare:
         model = peft.prepare_model_for_kbit_training(model)
     adapted = add_adapters(model, lora_config(model, rank=4))
@@ -291,10 +291,10 @@ def test_qlora_trains_saves_and_merges(wide_base, tmp_path, prepare):
         assert torch.equal(weight, before[name]) != weight.requires_grad, name
     merged = merge_adapters(wide_base, tmp_path / "checkpoint-2", dtype=torch.float32).eval()
     assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
-    for of_merged, of_quantised in zip(logits_of(merged), logits_of(trainer.model.eval())):
-        error = (of_merged - of_quantised).norm() / of_merged.norm()
+    for of_merged, of_quantized in zip(logits_of(merged), logits_of(trainer.model.eval())):
+        error = (of_merged - of_quantized).norm() / of_merged.norm()
         assert error < 0.3  # the rounding of weights to 4 bits
     with pytest.raises(ValueError, match="holds quantized weights"):
         model = load(wide_base, quantization_config=nf4_config())
-        model.save_pretrained(tmp_path / "quantised")
-        merge_adapters(tmp_path / "quantised", tmp_path / "checkpoint-2")
+        model.save_pretrained(tmp_path / "quantized")
+        merge_adapters(tmp_path / "quantized", tmp_path / "checkpoint-2")

@@ -15,12 +15,6 @@ few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthChec
 SCENES = SyntheticVQA(50, 7)
 
 
-@pytest.fixture(scope="module")
-def narrow():
-    model, processor = tiny_model_and_processor(width=32)
-    return model.eval(), processor
-
-
 @st.composite
 def rows_of_all_kinds(draw):
     """Rows with several questions, several images, no image, and texts of all lengths."""

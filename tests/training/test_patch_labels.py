@@ -11,7 +11,7 @@ from tokenflex.training.patch_labels import PatchLabelCollator, PatchLabelDatase
 
 
 BLOCK = IMAGE_SIZE // LABEL_SIZE
-DIGIT = 5  # the kind that digits are labelled as
+DIGIT = 5  # the kind that digits are labeled as
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_color_labels_say_what_the_pixels_show(seed, index):
         label, block = labels[line, column], blocks[line, column]
         if label == 0:
             assert not block.any()
-        elif kinds[line, column] == DIGIT:  # labelled in all of its box, of which strokes fill a part
+        elif kinds[line, column] == DIGIT:  # labeled in all of its box, of which strokes fill a part
             assert label in blocks[max(0, line - 1) : line + 2, max(0, column - 1) : column + 2]
         elif block.any():
             assert label in block

@@ -68,7 +68,7 @@ def test_seeds_and_micro_steps_draw_different_sequences():
 
 
 @pytest.mark.parametrize("scale", [0.1, 4, 1e6, 1e-6])
-def test_weights_need_not_be_normalised(scale):
+def test_weights_need_not_be_normalized(scale):
     assert draws(5, 2000, [scale * weight for weight in WEIGHTS]) == draws(5, 2000)
 
 

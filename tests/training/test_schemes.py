@@ -8,7 +8,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tokenflex.data.examples import Example
 from tokenflex.data.synthetic import SyntheticVQA
-from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.schemes import nested_loss
@@ -17,11 +16,6 @@ from tokenflex.training.trainer import TokenFlexTrainer
 
 CHOICES, WEIGHTS = [4, 16, 36], [2, 3, 5]
 TEXT = Example([], [[{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]])
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    return tiny_model_and_processor(width=32)
 
 
 def rows(with_text=True):

@@ -19,11 +19,6 @@ from tokenflex.training.trainer import TokenFlexTrainer
 
 
 @pytest.fixture(scope="module")
-def narrow():
-    return tiny_model_and_processor(width=32)
-
-
-@pytest.fixture(scope="module")
 def folder(narrow, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     save_checkpoint(folder / "start", *narrow)
@@ -138,7 +133,7 @@ def test_freezing_what_is_not_there_or_everything_is_refused(narrow, parts):
         freeze_parts(copy.deepcopy(narrow[0]), parts)
 
 
-def test_misspelt_part_stops_the_command_before_training(folder, tmp_path):
+def test_misspelled_part_stops_the_command_before_training(folder, tmp_path):
     with pytest.raises(ValueError, match="vision_towers.*vision_tower, multi_modal_projector, language_model"):
         train(folder, tmp_path / "out", "--freeze", "vision_towers")
     assert not (tmp_path / "out" / "final").exists()

@@ -26,11 +26,6 @@ from tokenflex.training.resume import clean_up, find_checkpoint, mark_incomplete
 from tokenflex.training.trainer import TokenFlexTrainer
 
 
-@pytest.fixture(scope="module")
-def narrow():
-    return tiny_model_and_processor(width=32)
-
-
 def make_trainer(narrow, folder, rows=None, lora=False, callbacks=(), eval_rows=None, **options):
     model, processor = copy.deepcopy(narrow[0]), narrow[1]
     if lora:

@@ -8,7 +8,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import SyntheticVQA
-from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.lora import lora_config
 
@@ -47,11 +46,6 @@ def prompts(dataset):
         return {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
 
     return dataset.map(split, remove_columns="messages")
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    return tiny_model_and_processor(width=32)
 
 
 @pytest.fixture
