@@ -11,7 +11,7 @@ from tokenflex import evaluation, hub, training
 
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("checkpoints", "data", "towers", "training", "evaluation", "hub", "inference", "research")
+ROOMS = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 FILES = [*ROOT.glob("*_tokenflex.py"), *(path for room in ROOMS for path in ROOT.glob(f"{room}/[a-z]*.py"))]
 MODULES = [".".join(["tokenflex", *path.relative_to(ROOT).with_suffix("").parts]) for path in sorted(FILES)]
 SHOWN = [
@@ -74,6 +74,11 @@ def test_docstrings_name_the_arguments(name):
         if named_arguments(member) or member.__qualname__.split(".")[0] in exported
     }
     assert not {name: found[name] for name in found if found[name]}
+
+
+def test_every_room_and_core_file_has_a_page():
+    core = {f"tokenflex.{path.stem}" for path in ROOT.glob("*_tokenflex.py")}
+    assert core | {f"tokenflex.{room}" for room in ROOMS} <= set(SHOWN)
 
 
 def test_exported_names_have_docstrings():
