@@ -92,43 +92,48 @@ class RowChecker:
 def keep_encoded(dataset):
     """
     The `datasets.Dataset` or `datasets.IterableDataset` with its images, however nested, left encoded, and its answers
-    as they are written: 0.1 of 32 bits is not 0.10000000149011612.
+    as they are written: 0.1 in 32 bits is not 0.10000000149011612.
 
     Raises:
         ValueError: If answers are the numbers of labels.
     """
     for name, feature in (dataset.features or {}).items():
-        dataset = _cast(dataset, name, _changed(feature, _encoded))
-        if name in TEXT_COLUMNS:
-            if isinstance(feature, datasets.ClassLabel):
-                raise ValueError(
-                    f"The column {name!r} holds the numbers of the labels {feature.names}: store the labels' names, "
-                    "which `ClassLabel.int2str` gives."
-                )
-            dataset = _cast(dataset, name, _changed(feature, lambda leaf: _written(leaf, "string")))
-            dataset = _cast(dataset, name, _changed(feature, lambda leaf: _written(leaf, "float64")))
+        encoded = _encoded(feature)
+        if encoded != feature:
+            dataset = dataset.cast_column(name, encoded)
+    for name in set(TEXT_COLUMNS).intersection(dataset.features or ()):
+        leaf, wide = dataset.features[name], datasets.Value("float64")
+        while isinstance(leaf, (datasets.List, datasets.LargeList)):
+            leaf, wide = leaf.feature, datasets.List(wide)
+        if isinstance(leaf, datasets.ClassLabel):
+            raise ValueError(
+                f"The column {name!r} holds the numbers of the labels {leaf.names}: store the labels' names, which "
+                "`ClassLabel.int2str` gives."
+            )
+        if leaf in (datasets.Value("float16"), datasets.Value("float32")):
+            widen = partial(_widen, name, np.dtype(leaf.dtype).type)
+            features = datasets.Features({**dataset.features, name: wide})
+            dataset = dataset.map(widen, input_columns=name, features=features)
     return dataset
 
 
-def _cast(dataset, name: str, feature):
-    return dataset if dataset.features[name] == feature else dataset.cast_column(name, feature)
-
-
-def _changed(feature, change: Callable):
-    """The feature with all that it is made of changed."""
+def _encoded(feature):
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
     if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return replace(feature, feature=_changed(feature.feature, change))
+        return replace(feature, feature=_encoded(feature.feature))
     if isinstance(feature, dict):
-        return {name: _changed(value, change) for name, value in feature.items()}
-    return change(feature)
+        return {name: _encoded(value) for name, value in feature.items()}
+    return feature
 
 
-def _encoded(leaf):
-    return datasets.Image(decode=False) if isinstance(leaf, datasets.Image) else leaf
+def _widen(name: str, kind: type, cell) -> dict:
+    def widened(value):
+        if isinstance(value, list):
+            return [widened(member) for member in value]
+        return value if value is None else float(str(kind(value)))
 
-
-def _written(leaf, dtype: str):
-    return datasets.Value(dtype) if leaf in (datasets.Value("float16"), datasets.Value("float32")) else leaf
+    return {name: widened(cell)}
 
 
 class Rows:
