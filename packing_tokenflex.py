@@ -146,6 +146,3 @@ def pack_attention(
         attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
     masks = create_packed_masks(config, inputs_embeds, attention_mask, segment_ids, sample_ids)
     return masks, packed_position_ids(segment_ids, sample_ids)
-
-
-__all__ = ["create_packed_masks", "pack_attention", "packed_mask_function", "packed_position_ids"]

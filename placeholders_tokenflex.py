@@ -225,6 +225,3 @@ def _rewrite_runs(
         if rewritten.get(name) is not None:
             rewritten[name] = rewrite(rewritten[name], fill)
     return rewritten
-
-
-__all__ = ["at_count", "place_images"]

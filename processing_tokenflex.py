@@ -38,7 +38,7 @@ CONTENT_TEMPLATE = """
 {%- set content.text = content.text + 'IMAGE' -%}
 {%- elif part.type == 'video' or part.video | default(none) is not none -%}
 {{ raise_exception('VIDEO') }}
-{%- elif 'text' in part -%}
+{%- elif part.text -%}
 {%- set content.text = content.text + part.text -%}
 {%- endif -%}
 {%- endfor -%}
@@ -321,6 +321,10 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError(f"`min_patches`={fewest} and `max_patches`={most}: give 1 <= min_patches <= max_patches.")
         return {"min_patches": fewest, "max_patches": most}
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers; what tables fill in for a part's absent keys, `None`, is absent here too."""
+        return super().apply_chat_template(_without_none(conversation), *args, **kwargs)
+
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         is_nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
         if is_nested and not any(images):
@@ -330,9 +334,7 @@ class TokenFlexProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None and len(videos):
             raise ValueError(f"`videos` is given: {NO_VIDEOS}")
-        known = {"images_kwargs", "text_kwargs", "common_kwargs"}.union(
-            *(kind.__annotations__ for kind in (TokenFlexImagesKwargs, TextKwargs)), ProcessingKwargs.__annotations__
-        )
+        known = set().union(*(kind.__annotations__ for kind in (TokenFlexImagesKwargs, TextKwargs, ProcessingKwargs)))
         for name in kwargs:
             meant = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.7) if name not in known else None
             if meant:
@@ -401,6 +403,16 @@ class TokenFlexProcessor(ProcessorMixin):
 _OPTIONS = ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches")
 
 
+def _without_none(item):
+    """The conversations, conversation or message without the keys of their parts that are `None`."""
+    if isinstance(item, (list, tuple)):
+        return [_without_none(member) for member in item]
+    parts = item.get("content") if isinstance(item, dict) else None
+    if not isinstance(parts, (list, tuple)):
+        return item
+    return {**item, "content": [{key: part[key] for key in part if part[key] is not None} for part in parts]}
+
+
 def _size(image) -> tuple[int, int]:
     if isinstance(image, PIL.Image.Image):
         return image.height, image.width
@@ -425,6 +437,3 @@ def _to_rgb(image):
 
 
 TokenFlexProcessor.register_for_auto_class()
-
-
-__all__ = ["TokenFlexProcessor"]

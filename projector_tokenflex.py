@@ -145,6 +145,3 @@ class TokenFlexProjector(nn.Module):
             for i, tokens in zip(members, self.pooling(patch_features[members], patch_grid, grid)):
                 pooled[i] = tokens
         return self.connector(torch.cat(pooled))
-
-
-__all__ = ["TokenFlexProjector", "pooling_weights"]

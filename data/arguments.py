@@ -38,7 +38,7 @@ class SourceArguments:
 
     dataset: list[str] = field(
         metadata={
-            "help": "One or several data sets: parquet, JSON, JSONL or CSV files, folders in the Hub's layout or "
+            "help": "One or several data sets: parquet, JSON, JSONL, CSV or TSV files, folders in the Hub's layout or "
             "written by `save_to_disk`, Hub ids, or `synthetic:N` for N images that the project draws itself."
         }
     )

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .examples import BadRowError
+from .cells import BadRowError
 
 
 BOM = b"\xef\xbb\xbf"
+
+
+def _parse(content: bytes):
+    return json.loads(content.decode(), parse_float=str)
 
 
 def _what_is_wrong(error: Exception, place: str) -> str:
@@ -26,7 +30,7 @@ class JsonRows:
     The objects of a JSON or JSON Lines file as a sequence of `dict`.
 
     Of JSON Lines only the lines' places are kept in memory, and no file is left open, so that processes can share it.
-    A JSON array is held whole.
+    A JSON array is held whole. A number with a point or an exponent is left as it is written, as text.
 
     Args:
         path (`str` or `Path`): The file. A `.json` that begins with `[` is an array, all else has one object per line.
@@ -66,7 +70,7 @@ class JsonRows:
 
     def _read_array(self, content: bytes) -> list:
         try:
-            return json.loads(content.decode())
+            return _parse(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} {_what_is_wrong(error, 'line {0.lineno}, column {0.colno}')}: correct it, or save it as "
@@ -95,7 +99,7 @@ class JsonRows:
             line = file.readline()
         name = f"line {1 + index + bisect_right(self._blanks, index)}"
         try:
-            value = json.loads(line.decode())
+            value = _parse(line)
         except (ValueError, RecursionError) as error:
             raise BadRowError(
                 f"{name} {_what_is_wrong(error, 'column {0.colno}')}: each line has to be an object"

@@ -1,9 +1,6 @@
 """Data sets from files, folders and the Hub, alone or mixed."""
 
-from collections.abc import Callable, Sequence
-
 from .arguments import DataArguments, SourceArguments
-from .examples import Example
 from .rows import MixedRows, RowChecker, Rows
 from .sources import open_rows
 from .streaming import StreamedRows
@@ -11,8 +8,8 @@ from .streaming import StreamedRows
 
 def load_rows(
     args: SourceArguments,
-    special_tokens: Sequence[str] = (),
-    measure: Callable[[Example], tuple[int, int]] | None = None,
+    processor=None,
+    num_vision_tokens: int | None = None,
     seed: int = 0,
     endless: bool = False,
 ) -> Rows | MixedRows | StreamedRows:
@@ -21,9 +18,11 @@ def load_rows(
 
     Args:
         args ([`DataArguments`] or [`SourceArguments`]): Which rows, and how.
-        special_tokens (`Sequence[str]`, *optional*):
-            The tokenizer's special tokens, which questions and answers must not contain.
-        measure (`Callable`, *optional*): Counts a row's tokens as [`RowChecker`] says. Needed with `max_length`.
+        processor ([`TokenFlexProcessor`], *optional*):
+            The model's processor, with which a row is checked to be one that can be trained on. Needed with
+            `max_length`.
+        num_vision_tokens (`int`, *optional*): The largest count, at which rows are measured. Defaults to the
+            processor's.
         seed (`int`, *optional*, defaults to 0): The seed of synthetic images and of the order of streamed rows.
         endless (`bool`, *optional*, defaults to `False`): Let streamed rows begin anew when they end.
 
@@ -47,7 +46,7 @@ def load_rows(
     args = DataArguments(**vars(args))  # sources alone leave the rest at its defaults
     opened = [open_rows(name, args.dataset_split, args.streaming, seed) for name in args.dataset]
     sources = [
-        (rows, RowChecker(name, args, args.image_folder or folder, special_tokens, measure))
+        (rows, RowChecker(name, args, args.image_folder or folder, processor, num_vision_tokens))
         for name, (rows, folder) in zip(args.dataset, opened)
     ]
     if args.streaming:

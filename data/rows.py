@@ -13,44 +13,42 @@ import numpy as np
 from transformers.utils import logging
 
 from .arguments import DataArguments, check_weights
-from .examples import BadRowError, Example, to_example
+from .cells import BadRowError
+from .encoding import LongRowError, encode_row
+from .examples import TEXT_COLUMNS, Example, to_example, unused_columns
 from .synthetic import SyntheticVQA
 
 
 logger = logging.get_logger(__name__)
 
 
-class LongRowError(BadRowError):
-    """A data row that is longer than `max_length`."""
-
-
 @dataclass
 class RowChecker:
     """
-    Decides if a row can be used.
+    Decides if a row can be used, by encoding it as training will, and names columns that are not used, each once.
 
     Args:
         source (`str`): The data set's name in errors.
         args ([`DataArguments`]): The policies for bad and long rows, and the longest row.
         image_folder (`str` or `Path`, *optional*): Where relative image paths start.
-        special_tokens (`Sequence[str]`, *optional*): Tokens that texts must not hold: they would end or place things.
-        measure (`Callable`, *optional*):
-            Takes an example and returns (tokens it needs at the largest vision-token count, tokens of it that cannot
-            be cut). Needed with `max_length`.
+        processor ([`TokenFlexProcessor`], *optional*): The model's processor. Without it rows are only read.
+        num_vision_tokens (`int`, *optional*): The largest count, at which rows are measured. Defaults to the
+            processor's.
 
     Raises:
-        ValueError: If there is a `max_length`, but nothing that measures.
+        ValueError: If there is a `max_length`, but no processor to measure with.
     """
 
     source: str
     args: DataArguments
     image_folder: str | Path | None = None
-    special_tokens: Sequence[str] = ()
-    measure: Callable[[Example], tuple[int, int]] | None = None
+    processor: object | None = None
+    num_vision_tokens: int | None = None
 
     def __post_init__(self):
-        if self.args.max_length is not None and self.measure is None:
-            raise ValueError(f"`max_length`={self.args.max_length} needs `measure`, which counts the tokens of a row.")
+        if self.args.max_length is not None and self.processor is None:
+            raise ValueError(f"`max_length`={self.args.max_length} needs a `processor`, which counts a row's tokens.")
+        self._named = set()
 
     def __call__(self, index: int, read: Callable[[], dict | Example]) -> Example | None:
         """
@@ -65,10 +63,8 @@ class RowChecker:
             BadRowError: If the row cannot be used and its policy is `"error"`.
         """
         try:
-            example = to_example(read(), self.image_folder)
-            self._refuse_tokens(example)
-            self._refuse_length(example)
-            return example
+            row = read()
+            example = self._example(row)
         except (BadRowError, UnicodeDecodeError) as error:
             policy = self.args.on_long_row if isinstance(error, LongRowError) else self.args.on_bad_row
             reason = f"{self.source}, row {index}: {error}."
@@ -76,38 +72,48 @@ class RowChecker:
                 raise BadRowError(reason) from None
             logger.warning(f"Skipped {reason}")
             return None
+        self._name_unused(row)
+        return example
 
-    def _refuse_tokens(self, example: Example) -> None:
-        parts = (part for dialog in example.dialogs for message in dialog for part in message["content"])
-        for part in parts:
-            for token in self.special_tokens:
-                if token in part.get("text", ""):
-                    raise BadRowError(f"its text contains {token!r}, which has a meaning of its own to the model")
+    def _example(self, row: dict | Example) -> Example:
+        if self.processor is None:
+            return to_example(row, self.image_folder)
+        truncate = self.args.on_long_row == "truncate"
+        limits = (self.num_vision_tokens, self.args.max_length, truncate)
+        return encode_row(row, self.processor, self.image_folder, *limits).example
 
-    def _refuse_length(self, example: Example) -> None:
-        max_length, truncates = self.args.max_length, self.args.on_long_row == "truncate"
-        if max_length is None:
-            return
-        needed, uncuttable = self.measure(example)
-        if truncates and uncuttable > max_length:
-            raise BadRowError(
-                f"it needs {uncuttable} tokens up to its last image and its first answer token, but `max_length` is "
-                f"{max_length}: truncation never cuts an image, so raise `max_length` to {uncuttable} or use fewer "
-                "vision tokens"
-            )
-        if not truncates and needed > max_length:
-            raise LongRowError(
-                f"it needs {needed} tokens, but `max_length` is {max_length}: raise `max_length` to {needed}, use "
-                "fewer vision tokens, or choose `on_long_row` 'skip' or 'truncate'"
-            )
+    def _name_unused(self, row: dict | Example) -> None:
+        new = [name for name in unused_columns(row) if name not in self._named]
+        if new:
+            self._named.update(new)
+            logger.warning(f"{self.source}: not used are the columns {', '.join(map(repr, new))}.")
 
 
 def keep_encoded(dataset):
-    """The `datasets.Dataset` or `datasets.IterableDataset` with its images, however nested, left encoded."""
+    """
+    The `datasets.Dataset` or `datasets.IterableDataset` with its images, however nested, left encoded, and its answers
+    as they are written: 0.1 in 32 bits is not 0.10000000149011612.
+
+    Raises:
+        ValueError: If answers are the numbers of labels.
+    """
     for name, feature in (dataset.features or {}).items():
         encoded = _encoded(feature)
         if encoded != feature:
             dataset = dataset.cast_column(name, encoded)
+    for name in set(TEXT_COLUMNS).intersection(dataset.features or ()):
+        leaf, wide = dataset.features[name], datasets.Value("float64")
+        while isinstance(leaf, (datasets.List, datasets.LargeList)):
+            leaf, wide = leaf.feature, datasets.List(wide)
+        if isinstance(leaf, datasets.ClassLabel):
+            raise ValueError(
+                f"The column {name!r} holds the numbers of the labels {leaf.names}: store the labels' names, which "
+                "`ClassLabel.int2str` gives."
+            )
+        if leaf in (datasets.Value("float16"), datasets.Value("float32")):
+            widen = partial(_widen, name, np.dtype(leaf.dtype).type)
+            features = datasets.Features({**dataset.features, name: wide})
+            dataset = dataset.map(widen, input_columns=name, features=features)
     return dataset
 
 
@@ -119,6 +125,15 @@ def _encoded(feature):
     if isinstance(feature, dict):
         return {name: _encoded(value) for name, value in feature.items()}
     return feature
+
+
+def _widen(name: str, kind: type, cell) -> dict:
+    def widened(value):
+        if isinstance(value, list):
+            return [widened(member) for member in value]
+        return value if value is None else float(str(kind(value)))
+
+    return {name: widened(cell)}
 
 
 class Rows:

@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .arguments import DataArguments, check_weights
-from .examples import BadRowError, Example
+from .cells import BadRowError
+from .examples import Example
 from .rows import RowChecker, keep_encoded
 
 

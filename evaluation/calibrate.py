@@ -240,8 +240,7 @@ def calibrate_checkpoint(args: argparse.Namespace, sources: SourceArguments) -> 
     if args.output_dir is None and not path.is_dir():
         raise ValueError(f"`output_dir` is needed: {args.model_name_or_path} is no folder that could be changed.")
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(sources, special_tokens)
+    rows = load_rows(sources, processor)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     observations = observe(model, processor, rows, args.batch_size, args.max_new_tokens)
     report = calibrate(model, observations, args.accuracy_loss, args.mean_tokens)

@@ -156,8 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", default="outputs/eval", help="Folder for reports.")
     args = parser.parse_args(argv)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(*parser.parse_dict(vars(args), allow_extra_keys=True), special_tokens)
+    rows = load_rows(*parser.parse_dict(vars(args), allow_extra_keys=True), processor)
     state = _processes()
     place = "auto" if state.num_processes == 1 else state.device
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map=place)

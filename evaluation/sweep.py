@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from ..data.examples import Example, to_example
 from ..placeholders_tokenflex import place_images
 from .metrics import get_metric, normalize
+from .options import rate_option
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Prediction:
         predictions (`dict[int | str, str]`): The model's answer at each count.
         chosen (`int`, *optional*): The count that `"auto"` chose, if that is among the counts.
         references (`list[str]`, *optional*): All expected answers, where there are several.
+        options (`list[str]`, *optional*): The options, where there are some; answers are then letters.
     """
 
     index: int
@@ -32,16 +34,28 @@ class Prediction:
     predictions: dict[int | str, str]
     chosen: int | None = None
     references: list[str] | None = None
+    options: list[str] | None = None
 
     def rate(self, rate: Callable[..., float], count: int | str) -> float:
         """
-        Scores the answer at a count.
+        Scores the answer at a count, that to a question with options as [`rate_option`] does.
 
         Args:
             rate (`Callable`): A metric, as [`get_metric`] returns it.
             count (`int` or `str`): A count.
         """
-        return rate(self.predictions[count], self.references or self.answer)
+        return self.rate_reply(rate, self.predictions[count])
+
+    def rate_reply(self, rate: Callable[..., float], reply: str) -> float:
+        """
+        Scores any reply to the question.
+
+        Args:
+            rate (`Callable`): A metric, as [`get_metric`] returns it.
+            reply (`str`): The reply.
+        """
+        expected = self.references or self.answer
+        return rate_option(reply, expected, self.options) if self.options else rate(reply, expected)
 
 
 def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
@@ -93,8 +107,9 @@ def encode_questions(
                 used += range(first_image, first_image + len(example.images))
                 family = example.families[number] if example.families else "all"
                 references = example.references[number] if example.references else None
+                options = (example.options[number] or None) if example.options else None
                 asked, expected = _text(dialog[last - 1]), _text(dialog[last])
-                targets.append(Prediction(index, family, asked, expected, {}, references=references))
+                targets.append(Prediction(index, family, asked, expected, {}, references=references, options=options))
             first_image += len(example.images)
         inputs = processor.tokenizer(
             prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
@@ -222,4 +237,4 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
 def _rate_of_commonest(predictions: Sequence[Prediction], rate: Callable[..., float]) -> float:
     """The score of always giving the commonest answer."""
     ((commonest, _),) = Counter(normalize(p.answer) for p in predictions).most_common(1)
-    return sum(rate(commonest, p.references or p.answer) for p in predictions) / len(predictions)
+    return sum(p.rate_reply(rate, commonest) for p in predictions) / len(predictions)

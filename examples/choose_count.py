@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_args()
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
-    rows = load_rows(DataArguments([args.dataset]), special_tokens=processor.tokenizer.all_special_tokens)
+    rows = load_rows(DataArguments([args.dataset]), processor)
     report, _ = evaluate(model, processor, rows, args.num_vision_tokens, args.batch_size, metric=args.metric)
     print(markdown_table(report))
     count = cheapest(report, args.tolerance)

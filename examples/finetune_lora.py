@@ -61,7 +61,7 @@ def main() -> None:
         ),
         data_collator=collator,
         callbacks=[collator.callback],  # draws each step's count
-        train_dataset=load_rows(DataArguments([args.dataset]), special_tokens=processor.tokenizer.all_special_tokens),
+        train_dataset=load_rows(DataArguments([args.dataset]), processor),
     )
     trainer.train()
     trainer.save_model(str(output_dir / "adapter"))

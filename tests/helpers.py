@@ -15,9 +15,9 @@ IMAGES = [draw_scene(7, index).image for index in range(6)]
 QUESTION = "which color?"
 
 
-def read_rows(*dataset, seed=0, measure=None, special_tokens=(), **options):
+def read_rows(*dataset, seed=0, processor=None, num_vision_tokens=None, **options):
     """The rows of data sets, by the names and options of the command line."""
-    return load_rows(DataArguments(list(dataset), **options), special_tokens, measure, seed)
+    return load_rows(DataArguments(list(dataset), **options), processor, num_vision_tokens, seed)
 
 
 def text_rows(*answers):

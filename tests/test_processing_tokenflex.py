@@ -421,3 +421,29 @@ def test_parts_of_messages_may_hold_empty_columns(tiny):
     assert tiny[1].apply_chat_template([{"role": "user", "content": [part]}]) == tiny[1].apply_chat_template(
         [{"role": "user", "content": "which color?"}]
     )
+
+
+@pytest.mark.parametrize("own_template", [False, True])
+@pytest.mark.parametrize("image", ["image", "path"])
+def test_parts_that_tables_have_filled_with_none_are_as_they_were(tiny, tmp_path, image, own_template):
+    processor = copy.copy(tiny[1])
+    if own_template:  # as Qwen2-VL's, which looks for keys
+        processor.chat_template = (
+            "{%- for part in messages[0].content -%}{%- if part.type == 'image' or 'image' in part -%}<|image_pad|>"
+            "{%- elif 'text' in part -%}{{ part.text }}{%- endif -%}{%- endfor -%}"
+        )
+    IMAGE.save(tmp_path / "a.png")
+    parts = [{"type": "image", image: IMAGE if image == "image" else str(tmp_path / "a.png")}]
+    parts += [{"type": "text", "text": "which color?"}, {"type": "text"}]
+    empty = dict.fromkeys(("text", "image", "path", "url", "base64", "image_url", "video"))
+    filled = [{**empty, **part} for part in parts]
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    for tokenize in (False, True):
+        expected, given = (
+            processor.apply_chat_template(conversation, tokenize=tokenize, **(options if tokenize else {}))
+            for conversation in ([{"role": "user", "content": parts}], [{"role": "user", "content": filled}])
+        )
+        assert str(given) == str(expected)
+    batched = processor.apply_chat_template([[{"role": "user", "content": filled}]] * 2)
+    assert batched == [processor.apply_chat_template([{"role": "user", "content": parts}])] * 2
+    assert all(part.keys() == empty.keys() | {"type"} for part in filled), "the caller's parts are left as they were"

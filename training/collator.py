@@ -6,7 +6,8 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
-from ..data.examples import Example, to_example
+from ..data.encoding import EncodedRow, encode_row, measure_row
+from ..data.examples import Example
 from ..placeholders_tokenflex import at_count, encoded_grids, first_placeholders, place_images
 from .callback import VisionTokenCallback
 from .packing import pack_rows, stack_rows
@@ -174,24 +175,25 @@ class TokenFlexDataCollator:
             those that were cut, if there are any.
 
         Raises:
-            BadRowError: If a row cannot be used.
-            ValueError: If the counts are not known, or a row does not fit `max_length`.
+            BadRowError: If a row cannot be trained on.
+            ValueError: If the counts are not known.
         """
         if self.vision_token_choices is None:
             raise ValueError(
                 "The counts are not known: give the Trainer `callbacks=[collator.callback]`, which reads them off the "
                 "model's config, or pass `vision_token_choices` and `vision_token_weights`."
             )
-        examples = [to_example(row) for row in rows]
-        whole = self._encode(examples)
-        rows = [self._truncate(row, example) for row, example in zip(whole, examples)]
-        batch = self._pad(rows)
-        images = [image for example in examples for image in example.images]
+        encoded = [
+            encode_row(row, self.processor, None, max(self.vision_token_choices), self.max_length, truncate=True)
+            for row in rows
+        ]
+        batch = self._pad(encoded)
+        images = [image for row in encoded for image in row.example.images]
         if images:
             batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
             batch = self.recount(batch, max(self.vision_token_choices))
-        skipped = sum(example.skipped for example in examples)
-        truncated = sum(len(row[0]) < len(before[0]) for row, before in zip(rows, whole))
+        skipped = sum(row.example.skipped for row in encoded)
+        truncated = sum(row.is_cut for row in encoded)
         counted = {"num_skipped_rows": skipped, "num_truncated_rows": truncated}
         return {**batch, **{name: torch.tensor([number]) for name, number in counted.items() if number}}
 
@@ -218,17 +220,7 @@ class TokenFlexDataCollator:
         Args:
             row (`dict` or `Example`): A row as [`to_example`] takes or returns it.
         """
-        example = to_example(row)
-        ids, labels, _ = self._encode([example])[0]
-        added = self._num_added_tokens(example)
-        last_image = max((i for i, token in enumerate(ids) if token == self.processor.image_token_id), default=0)
-        first_answer = next(i for i, label in enumerate(labels) if label != -100)
-        return len(ids) + added, max(last_image, first_answer) + 1 + added
-
-    def _num_added_tokens(self, example: Example) -> int:
-        """The tokens by which the images' placeholders, one for each so far, will grow."""
-        sizes = [(image.height, image.width) for image in example.images]
-        return sum(self.processor.count_vision_tokens(sizes, max(self.vision_token_choices))) - len(sizes)
+        return measure_row(encode_row(row, self.processor), self.processor, max(self.vision_token_choices))
 
     def draw(self, step: int, micro_step: int = 0, samples: Sequence[int] = (0,)) -> list[int]:
         """
@@ -308,86 +300,17 @@ class TokenFlexDataCollator:
         counts = self.draw(self._num_batches - 1, samples=range(len(batch["input_ids"])))
         return self.arrange(batch, counts)[0]
 
-    def _encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], list[int]]]:
-        """(input ids, labels, segment ids) of each example, with one placeholder per image."""
-        pieces, owners = [], []
-        for index, example in enumerate(examples):
-            for number, dialog in enumerate(example.dialogs):
-                for text, is_answer in self._split_answers(dialog):
-                    pieces.append(text)
-                    owners.append((index, number, is_answer))
-        encoded = self.processor.tokenizer(pieces, add_special_tokens=False)["input_ids"]
-        dialogs = [[([], []) for _ in example.dialogs] for example in examples]
-        for ids, (index, number, is_answer) in zip(encoded, owners):
-            dialogs[index][number][0].extend(ids)
-            dialogs[index][number][1].extend(ids if is_answer else [-100] * len(ids))
-        return [self._share_prefix(dialogs[i], len(example.images)) for i, example in enumerate(examples)]
-
-    def _truncate(
-        self, row: tuple[list[int], list[int], list[int]], example: Example
-    ) -> tuple[list[int], list[int], list[int]]:
-        if self.max_length is None or (end := self.max_length - self._num_added_tokens(example)) >= len(row[0]):
-            return row
-        needed = self.measure(example)[1]
-        if needed > self.max_length:
-            raise ValueError(
-                f"A row needs {needed} tokens up to its last image and the beginning of its answer, but `max_length` "
-                f"is {self.max_length}: an image is never cut. Allow {needed}, or use fewer vision tokens."
-            )
-        return tuple(column[:end] for column in row)
-
-    def _split_answers(self, dialog: list[dict]) -> list[tuple[str, bool]]:
-        """The rendered dialog in pieces; answers, up to and with their end token, are what the model has to say."""
-        processor, pieces, done = self.processor, [], ""
-        for i, message in enumerate(dialog):
-            if message["role"] != "assistant":
-                continue
-            prompt = processor.apply_chat_template(dialog[:i], add_generation_prompt=True)
-            text = processor.apply_chat_template(dialog[: i + 1])
-            answer = text[len(prompt) :].rstrip()  # templates put a line break behind the end token
-            pieces += [(prompt[len(done) :], False), (answer, True)]
-            done = prompt + answer
-        return [piece for piece in pieces if piece[0]]
-
-    def _share_prefix(
-        self, dialogs: list[tuple[list[int], list[int]]], num_images: int
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Puts what all dialogs begin with first and only once, then the rest of each as a segment of its own."""
-        shared = 0
-        if len(dialogs) > 1:
-            for tokens in zip(*(ids for ids, _ in dialogs)):
-                if len(set(tokens)) > 1:
-                    break
-                shared += 1
-            # At most up to an answer's last prompt token, from which its first token is predicted.
-            starts = [next(i for i, label in enumerate(labels) if label != -100) for _, labels in dialogs]
-            shared = min(shared, *(start - 1 for start in starts))
-        prefix, prefix_labels = dialogs[0][0][:shared], dialogs[0][1][:shared]
-        row = (list(prefix), list(prefix_labels), [0] * shared)
-        for number, (ids, labels) in enumerate(dialogs, start=1 if len(dialogs) > 1 else 0):
-            row[0].extend(ids[shared:])
-            row[1].extend(labels[shared:])
-            row[2].extend([number] * (len(ids) - shared))
-        placeholders = row[0].count(self.processor.image_token_id)
-        if placeholders != num_images:
-            raise ValueError(
-                f"A row has {num_images} images but what its dialogs share holds {placeholders} image placeholders "
-                f"({self.processor.image_token}): questions and answers must not contain that token, and questions "
-                "about the same images must place them alike."
-            )
-        return row
-
-    def _pad(self, rows: list[tuple[list[int], list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(ids) for ids, _, _ in rows)
+    def _pad(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        length = max(len(row.input_ids) for row in rows)
         pad_token_id = self.processor.tokenizer.pad_token_id
 
-        def padded(column: int, fill: int) -> torch.Tensor:
-            return torch.tensor([row[column] + [fill] * (length - len(row[column])) for row in rows])
+        def padded(columns: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([column + [fill] * (length - len(column)) for column in columns])
 
-        segment_ids = padded(2, -1)
+        segment_ids = padded([row.segment_ids for row in rows], -1)
         batch = {
-            "input_ids": padded(0, 0 if pad_token_id is None else pad_token_id),
+            "input_ids": padded([row.input_ids for row in rows], 0 if pad_token_id is None else pad_token_id),
             "attention_mask": (segment_ids >= 0).long(),
-            "labels": padded(1, -100),
+            "labels": padded([row.labels for row in rows], -100),
         }
         return {**batch, "segment_ids": segment_ids} if (segment_ids > 0).any() else batch

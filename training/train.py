@@ -144,12 +144,11 @@ def train(
         choices, weights = list(model.config.vision_token_choices), list(model.config.vision_token_weights)
     max_length = data_args.max_length if data_args.on_long_row == "truncate" else None
     collator = TokenFlexDataCollator.from_arguments(processor, args, choices, weights, max_length)
-    special_tokens = processor.tokenizer.all_special_tokens
-    rows = load_rows(data_args, special_tokens, collator.measure, args.seed, endless=True)
+    rows = load_rows(data_args, processor, max(choices), args.seed, endless=True)
     eval_rows = None
     if eval_args.eval_dataset is not None:
         sources = SourceArguments([eval_args.eval_dataset], eval_args.eval_dataset_split, data_args.image_folder)
-        eval_rows = load_rows(sources, special_tokens)
+        eval_rows = load_rows(sources, processor)
     pushes, args.push_to_hub = args.push_to_hub, False  # the whole model, once, when it is done
     trainer = TokenFlexTrainer(
         model, args, collator, processing_class=processor, train_dataset=rows, eval_dataset=eval_rows

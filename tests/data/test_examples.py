@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.data.examples import BadRowError, Example, to_example
+from tokenflex.data.examples import BadRowError, Example, to_example, unused_columns
 
 
 IMAGE = Image.effect_noise((13, 9), 60).convert("RGB")
@@ -144,6 +144,61 @@ def test_image_parts_stand_where_the_row_puts_them():
     text = "first <image> then <image> which?"
     parts = to_example({"images": [IMAGE, IMAGE], "messages": [{"role": "user", "content": text}, TURNS[1]]})
     assert [part["type"] for part in parts.dialogs[0][0]["content"]] == ["text", "image", "text", "image", "text"]
+
+
+@pytest.mark.parametrize("marker", ["<image1>", "<image 1>", "<image_1>", "<|image_1|>", "<|image|>", "<image>"])
+@pytest.mark.parametrize("as_part", [False, True])
+def test_markers_of_other_projects_place_the_image(marker, as_part):
+    text = f"look at {marker} now"
+    content = [{"type": "text", "text": text}] if as_part else text
+    row = {"image": IMAGE, "messages": [{"role": "user", "content": content}, TURNS[1]]}
+    expected = [{"type": "text", "text": "look at"}, {"type": "image"}, {"type": "text", "text": "now"}]
+    assert to_example(row).dialogs[0][0]["content"] == expected
+
+
+def test_images_are_placed_by_their_numbers():
+    images = [Image.new("RGB", (size, 1)) for size in (1, 2, 3)]
+    row = {"images": images, "questions": ["<image 3> <image1>, <image_2>?"] * 2, "answers": ["a", "b"]}
+    example = to_example(row)
+    assert [image.size[0] for image in example.images] == [3, 1, 2]
+    assert all(part == {"type": "image"} for part in example.dialogs[1][0]["content"] if part["type"] == "image")
+    for questions in (["<image1> <image3> <image2>?", "<image1> <image2> <image3>?"], ["<image><image><image2>?"] * 2):
+        with pytest.raises(BadRowError, match="place"):
+            to_example({**row, "questions": questions})
+
+
+def test_white_space_is_kept():
+    answer = "    if a:\n\n        return  b \n"
+    for row in (
+        {"question": " what\n code? ", "answer": answer},
+        {"messages": [{"role": "user", "content": " what\n code? "}, {"role": "assistant", "content": answer}]},
+        {"conversations": [{"from": "human", "value": " what\n code? "}, {"from": "gpt", "value": answer}]},
+    ):
+        (asked, answered) = to_example(row).dialogs[0]
+        assert asked["content"] == [{"type": "text", "text": " what\n code? "}]
+        assert answered["content"] == [{"type": "text", "text": answer}]
+
+
+def test_columns_that_are_not_used_are_found():
+    texts = {"question": QUESTION, "answer": ANSWER, "options": None, "family": "x", "id": 1, "note": float("nan")}
+    assert unused_columns({"image": IMAGE, **texts}) == ["id"]
+    assert unused_columns({"images": [IMAGE], "image": IMAGE, **texts}) == ["image", "id"]
+    assert unused_columns({"messages": TURNS, **texts}) == ["question", "answer", "family", "id"]
+    assert unused_columns({"messages": float("nan"), **texts}) == ["id"]
+    assert unused_columns({"answers": ["a"], **texts}) == ["answer", "id"]
+    assert unused_columns(to_example(texts)) == []
+
+
+def test_cells_that_are_missing_in_a_table_are_as_if_the_column_were_not_there():
+    names = ("messages", "conversations", "questions", "answers", "families", "options", "images", "image")
+    row = {"question": QUESTION, "answer": ANSWER, "family": "x"}
+    for missing in (None, float("nan")):
+        assert to_example({**dict.fromkeys(names, missing), **row}) == to_example(row)
+
+
+def test_families_are_texts():
+    row = {"questions": ["a", "b", "c"], "answers": ["c", "d", "e"], "families": ["x", None, 3]}
+    assert to_example(row).families == ["x", "all", "3"]
 
 
 def test_image_marker_in_an_answer_is_text():

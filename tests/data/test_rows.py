@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 from helpers import answers_of, text_rows
@@ -6,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflex.data.arguments import DataArguments
+from tokenflex.data.encoding import encode_row, measure_row
 from tokenflex.data.examples import BadRowError
 from tokenflex.data.rows import MixedRows, RowChecker, Rows
+from tokenflex.data.streaming import StreamedRows
 
 
-def checked(rows, source="rows", special_tokens=(), measure=None, **options):
-    return Rows(rows, RowChecker(source, DataArguments([source], **options), None, special_tokens, measure))
+def checked(rows, source="rows", processor=None, **options):
+    return Rows(rows, RowChecker(source, DataArguments([source], **options), None, processor))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
@@ -40,36 +43,41 @@ def test_lazy_rows_name_a_bad_row_when_it_is_read(caplog):
     assert "Skipped some rows, row 1: its answer is ''" in caplog.text
 
 
-def test_special_tokens_are_refused_whenever_rows_are_checked():
-    rows = text_rows("a", "b <eos>")
-    with pytest.raises(BadRowError, match="row 1: its text contains '<eos>'"):
-        checked(rows, special_tokens=["<eos>"])
-    with pytest.raises(BadRowError, match="row 1: its text contains '<eos>'"):
-        checked(rows, special_tokens=["<eos>"], check_rows="lazily")[1]
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
+def test_special_tokens_are_refused_whenever_rows_are_checked(narrow, token):
+    rows, reason = text_rows("a", f"b {token}"), re.escape(f"row 1: its text contains {token!r}")
+    with pytest.raises(BadRowError, match=reason):
+        checked(rows, processor=narrow[1])
+    with pytest.raises(BadRowError, match=reason):
+        checked(rows, processor=narrow[1], check_rows="lazily")[1]
 
 
-def measure(example):
-    """A text "12 5" needs 12 tokens, of which 5 cannot be cut."""
-    needed, uncuttable = answers_of([example])[0].split()
-    return int(needed), int(uncuttable)
+LONG = [
+    {"question": "which?", "answer": "short"},
+    {"question": "which?", "answer": "long " * 30},
+    {"question": "which " * 30, "answer": "late"},
+]
 
 
-LONG = text_rows("5 1", "12 5", "9 9", "12 11", "10 10")
+@pytest.fixture(scope="module")
+def limit(narrow):
+    """A little more than the first of the long rows needs."""
+    return measure_row(encode_row(LONG[0], narrow[1]), narrow[1])[0] + 3
 
 
 @pytest.mark.parametrize("check_rows", ["first", "lazily"])
 @pytest.mark.parametrize(
     "policy, kept",
     [
-        ({"on_long_row": "skip"}, ["5 1", "9 9", "10 10"]),
-        ({"on_long_row": "skip", "on_bad_row": "skip"}, ["5 1", "9 9", "10 10"]),
-        ({"on_long_row": "truncate", "on_bad_row": "skip"}, ["5 1", "12 5", "9 9", "10 10"]),
+        ({"on_long_row": "skip"}, [0]),
+        ({"on_long_row": "skip", "on_bad_row": "skip"}, [0]),
+        ({"on_long_row": "truncate", "on_bad_row": "skip"}, [0, 1]),
     ],
 )
-def test_long_rows_are_left_out_or_kept_to_be_cut(policy, kept, check_rows):
-    rows = checked(LONG, max_length=10, measure=measure, check_rows=check_rows, **policy)
+def test_long_rows_are_left_out_or_kept_to_be_cut(narrow, limit, policy, kept, check_rows):
+    rows = checked(LONG, processor=narrow[1], max_length=limit, check_rows=check_rows, **policy)
     read = [rows[i] for i in range(len(rows))]
-    assert answers_of(example for example in read if not example.skipped) == kept
+    assert answers_of(example for example in read if not example.skipped) == [LONG[i]["answer"] for i in kept]
     assert rows.num_skipped + sum(example.skipped > 0 for example in read) == len(LONG) - len(kept)
 
 
@@ -77,21 +85,36 @@ def test_long_rows_are_left_out_or_kept_to_be_cut(policy, kept, check_rows):
 @pytest.mark.parametrize(
     "policy, reason",
     [
-        ({}, "row 1: it needs 12 tokens, but `max_length` is 10: raise `max_length` to 12"),
-        ({"on_bad_row": "skip"}, "row 1: it needs 12 tokens"),
-        ({"on_long_row": "truncate"}, "row 3: it needs 11 tokens up to its last image.*never cuts an image"),
+        ({}, "row 1: it needs [0-9]+ tokens, but `max_length` is LIMIT: raise `max_length` to"),
+        ({"on_bad_row": "skip"}, "row 1: it needs [0-9]+ tokens"),
+        ({"on_long_row": "truncate"}, "row 2: it needs [0-9]+ tokens up to its last image.*never cuts an image"),
     ],
 )
-def test_long_row_is_named(policy, reason, check_rows):
-    with pytest.raises(BadRowError, match=reason):
-        list(checked(LONG, max_length=10, measure=measure, check_rows=check_rows, **policy))
+def test_long_row_is_named(narrow, limit, policy, reason, check_rows):
+    with pytest.raises(BadRowError, match=reason.replace("LIMIT", str(limit))):
+        list(checked(LONG, processor=narrow[1], max_length=limit, check_rows=check_rows, **policy))
 
 
-def test_max_length_has_to_be_measurable():
-    with pytest.raises(ValueError, match="`max_length`=10 needs `measure`"):
+def test_max_length_has_to_be_measurable(narrow):
+    with pytest.raises(ValueError, match="`max_length`=10 needs a `processor`"):
         checked(LONG, max_length=10)
     with pytest.raises(ValueError, match="`max_length`=0"):
-        checked(LONG, max_length=0, measure=measure)
+        checked(LONG, processor=narrow[1], max_length=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("check_rows", ["first", "lazily"])
+def test_columns_that_are_not_used_are_named_once(check_rows, streaming, caplog):
+    rows = [{**row, "id": i, "level": None} for i, row in enumerate(text_rows("a", "b", "c"))]
+    rows[2] |= {"level": 3, "choices": None, "family": "x"}
+    check = RowChecker("some rows", DataArguments(["x"], check_rows=check_rows))
+    with caplog.at_level(logging.WARNING):
+        read = StreamedRows([(rows, check)], DataArguments(["x"])) if streaming else Rows(rows, check)
+        for _ in range(2):
+            list(read)
+    named = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    assert sorted(re.findall("'(.*?)'", " ".join(named))) == ["id", "level"]
+    assert all(message.startswith("some rows: not used are the columns '") for message in named)
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 100)), min_size=1, max_size=5)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tokenflex.data.arguments import DataArguments
+from tokenflex.data.encoding import encode_row, measure_row
 from tokenflex.data.examples import BadRowError
 from tokenflex.data.rows import RowChecker
 from tokenflex.data.streaming import StreamedRows
@@ -121,10 +122,11 @@ def test_a_bad_row_is_named(caplog):
     assert "Skipped a, row 3: its answer is ''" in caplog.text
 
 
-def test_long_rows_are_skipped():
-    args = DataArguments(["a"], max_length=2, on_long_row="skip")
-    check = RowChecker("a", args, measure=lambda example: (len(answers_of([example])[0]), 1))
-    assert answers_of(streamed([(text_rows("1", "333", "22"), check)], shuffle_buffer=0)) == ["1", "22"]
+def test_long_rows_are_skipped(narrow):
+    rows = text_rows("1", "3 3 3", "2")
+    limit = measure_row(encode_row(rows[0], narrow[1]), narrow[1])[0]
+    check = RowChecker("a", DataArguments(["a"], max_length=limit, on_long_row="skip"), processor=narrow[1])
+    assert answers_of(streamed([(rows, check)], shuffle_buffer=0)) == ["1", "2"]
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2]])
