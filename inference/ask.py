@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_tokenflex import resolve_named_count
 from ..data.images import ImageError, decode_image
+from .control_tokens import refuse_control_tokens
 from .counts import parse_num_vision_tokens
 
 
@@ -31,12 +32,16 @@ def answer(
 
     Returns:
         `str`: The answer.
+
+    Raises:
+        ValueError: If the count is not allowed, or the question holds a control token.
     """
     return _answer(model, processor, image, question, num_vision_tokens, max_new_tokens)[0]
 
 
 def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens) -> tuple[str, int | None]:
     """The answer, and the count if it was chosen."""
+    refuse_control_tokens("question", question, processor.tokenizer)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.device)

@@ -9,18 +9,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from jinja2 import Environment, defaults, meta
 from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration_tokenflex import resolve_named_count, resolve_vision_token_grids
 from ..placeholders_tokenflex import at_count
 from .chat_request import ChatRequest
+from .control_tokens import refuse_control_tokens
 from .counts import parse_num_vision_tokens
 from .kept_features import KeptFeatures
 from .messages import MessageReader
 
 
 DEFAULT_MAX_TOKENS = 1024
+# One answer, whatever a checkpoint's own settings ask for; of beams there would be nothing to stream.
+ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+# Variables of chat templates that are the server's, or transformers', and not a request's.
+KEPT_VARIABLES = {
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"),
+    *defaults.DEFAULT_NAMESPACE,
+}
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,30 @@ class Completion:
     finish_reason: str
 
 
-class ClientLeft(StoppingCriteria):
-    """Ends an answer that nobody waits for any more."""
+class AnswerEnds(StoppingCriteria):
+    """
+    Ends an answer that nobody waits for any more, or that holds one of the strings that end it.
 
-    def __init__(self):
+    Args:
+        prompt ([`Prompt`]): The request.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer):
+        self.prompt, self.tokenizer = prompt, tokenizer
         self.left = threading.Event()
+        # So many tokens reach back over the longest: each is a byte or more.
+        self.reach = 1 + max((len(stop.encode()) for stop in prompt.stops), default=0)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.left.is_set() or self._has_stop(input_ids), device=input_ids.device)
+
+    def _has_stop(self, input_ids: torch.LongTensor) -> bool:
+        if not self.prompt.stops:
+            return False
+        [ids] = input_ids[:, self.prompt.tokens :][:, -self.reach :].tolist()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return find_stop(self.prompt.stops, text) < len(text)
 
     async def watch(self, is_disconnected: Callable[[], Awaitable[bool]]) -> None:
         while not await is_disconnected():
@@ -110,6 +135,7 @@ class ChatModel:
         self.choices = model.config.vision_token_choices
         self.can_choose = model.config.vision_token_chooser is not None
         self.num_vision_tokens = resolve_named_count(parse_num_vision_tokens(num_vision_tokens), self.choices)
+        self.variables = _template_variables(processor)
         self.readers = ThreadPoolExecutor(16, "read")  # a slow address makes only those wait who name one
         self.encoders = ThreadPoolExecutor(2, "encode")
         self.generator = ThreadPoolExecutor(1, "generate")
@@ -168,9 +194,7 @@ class ChatModel:
                 raise ValueError(f"`logit_bias`: there is no token {token}; they are 0 to {vocab_size - 1}.")
         messages, details = await loop.run_in_executor(self.readers, self.messages.read, request.messages)
         counts = self.resolve_counts(asked, details)
-        inputs = await loop.run_in_executor(
-            self.encoders, self._encode, messages, counts, len(details), {"tools": request.tools, **template}
-        )
+        inputs = await loop.run_in_executor(self.encoders, self._encode, messages, counts, len(details), template)
         if details and (counts == "auto" or self.kept is not None):
             inputs = await loop.run_in_executor(self.generator, self._see, inputs)
         tokens, vision_tokens = self._count_tokens(inputs)
@@ -186,7 +210,7 @@ class ChatModel:
             prompt ([`Prompt`]): The request.
             is_disconnected (`Callable`): Tells whether the client has left, which ends the answer.
         """
-        criterion = ClientLeft()
+        criterion = AnswerEnds(prompt, self.processor.tokenizer)
         watch = asyncio.create_task(criterion.watch(is_disconnected))
         try:
             loop = asyncio.get_running_loop()
@@ -197,8 +221,9 @@ class ChatModel:
 
     async def stream(self, prompt: Prompt) -> AsyncIterator[str | Completion]:
         """The answer's text, piece by piece, and at its end the whole; whoever closes the iterator ends the answer."""
-        criterion = ClientLeft()
-        streamer = AsyncTextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        tokenizer = self.processor.tokenizer
+        criterion = AnswerEnds(prompt, tokenizer)
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         loop = asyncio.get_running_loop()
         generating = loop.run_in_executor(self.generator, self._generate, prompt, criterion, streamer)
         try:
@@ -210,16 +235,19 @@ class ChatModel:
             generating.cancel()
 
     def _template_variables(self, request: ChatRequest) -> dict:
-        written = self.processor.chat_template
-        names = set(re.findall(r"\w+", written if isinstance(written, str) else json.dumps(written)))
-        names = names - {"messages", "tools", "documents", "add_generation_prompt"} | {"num_vision_tokens"}
         template = request.chat_template_kwargs or {}
         for name in template:
-            if name not in names:
+            if name not in self.variables | {"num_vision_tokens"}:
                 raise ValueError(f"`chat_template_kwargs`: the chat template takes no {name!r} from a request.")
         return dict(template)
 
     def _encode(self, messages: list[dict], counts, num_images: int, template: dict) -> dict:
+        tokenizer = self.processor.tokenizer
+        for i, message in enumerate(messages):
+            # Joined, as templates join them: a token may lie across two parts.
+            text = "".join(part.get("text", "") for part in message["content"])
+            refuse_control_tokens(f"messages[{i}].content", text, tokenizer)
+        refuse_control_tokens("chat_template_kwargs", json.dumps(template, ensure_ascii=False), tokenizer)
         encoded_at = min(self.choices) if counts == "auto" else counts
         if num_images:
             resolve_vision_token_grids(encoded_at, num_images, self.processor.patch_grid)
@@ -267,14 +295,14 @@ class ChatModel:
         return min(max_new_tokens, limit - length)
 
     def _generate(
-        self, prompt: Prompt, criterion: ClientLeft, streamer: AsyncTextIteratorStreamer | None = None
+        self, prompt: Prompt, criterion: AnswerEnds, streamer: AsyncTextIteratorStreamer | None = None
     ) -> Completion:
-        if prompt.seed is not None:
-            torch.manual_seed(prompt.seed)
         tokenizer = self.processor.tokenizer
         more = {"stopping_criteria": StoppingCriteriaList([criterion]), "tokenizer": tokenizer, "streamer": streamer}
+        # One answer is generated at a time: nobody else draws. The seed of one is not to be the next one's.
+        torch.seed() if prompt.seed is None else torch.manual_seed(prompt.seed)
         try:
-            output = self.model.generate(**prompt.inputs, **prompt.options, **more)
+            output = self.model.generate(**prompt.inputs, **prompt.options, **ONE_ANSWER, **more)
         except Exception:
             if streamer is not None:
                 streamer.end()  # nobody else tells those who read it
@@ -286,6 +314,15 @@ class ChatModel:
         ends = ends if isinstance(ends, list) else [ends]
         is_cut_off = len(ids) >= prompt.options["max_new_tokens"] and ids[-1] not in ends and answer == text
         return Completion(answer, len(ids), "length" if is_cut_off else "stop")
+
+
+def _template_variables(processor) -> set[str]:
+    """The variables of the chat template that a request may set."""
+    template = processor.chat_template
+    template = template if isinstance(template, str) else "".join(template.values())
+    template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag, which sets nothing
+    parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    return meta.find_undeclared_variables(parsed) - KEPT_VARIABLES - set(processor.tokenizer.special_tokens_map)
 
 
 def find_stop(stops: list[str], text: str) -> int:

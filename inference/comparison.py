@@ -9,6 +9,7 @@ from PIL import Image
 from transformers.generation import BaseStreamer
 
 from ..placeholders_tokenflex import at_count
+from .control_tokens import refuse_control_tokens
 
 
 MAX_QUESTION_LENGTH = 1000
@@ -77,7 +78,7 @@ def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
         [`AskedQuestion`]: For [`answer_at`] and [`choose_count`].
 
     Raises:
-        ValueError: If the question is empty or longer than 1000 characters.
+        ValueError: If the question is empty, longer than 1000 characters or holds a control token.
     """
     question = question.strip()
     if not question:
@@ -86,6 +87,7 @@ def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
         raise ValueError(
             f"The question has {len(question)} characters, and {MAX_QUESTION_LENGTH} are allowed: shorten it."
         )
+    refuse_control_tokens("question", question, processor.tokenizer)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     options = {"crop_to_patches": False, "add_special_tokens": False, "return_tensors": "pt"}

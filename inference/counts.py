@@ -1,6 +1,7 @@
 """Vision-token counts as command lines, requests and JSON files write them."""
 
 import re
+import reprlib
 
 from ..configuration_tokenflex import NAMED_COUNTS
 
@@ -32,7 +33,7 @@ def parse_num_vision_tokens(text: str | int | list | tuple | None):
     if isinstance(text, str) and "," in text:
         text = [part.strip() for part in text.split(",")]
     if isinstance(text, list):
-        parsed = [parse_num_vision_tokens(part) for part in text]
+        parsed = [None if isinstance(part, list) else parse_num_vision_tokens(part) for part in text]
         if not any(isinstance(part, (str, list)) or part is None for part in parsed):
             return parsed
     elif isinstance(text, str):
@@ -43,6 +44,6 @@ def parse_num_vision_tokens(text: str | int | list | tuple | None):
     elif text is None or (isinstance(text, (int, tuple)) and not isinstance(text, bool)):
         return text
     raise ValueError(
-        f"`num_vision_tokens`={text!r}: give a count such as 64, a grid such as 8x12, a list with one of these per "
-        f"image, or one of {', '.join(NAMED_COUNTS)}."
+        f"`num_vision_tokens`={reprlib.repr(text)}: give a count such as 64, a grid such as 8x12, a list with one of "
+        f"these per image, or one of {', '.join(NAMED_COUNTS)}."
     )

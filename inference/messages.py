@@ -1,13 +1,12 @@
 """Messages of OpenAI-style requests as chat templates take them, with the images that they name."""
 
-import json
-
 from PIL import Image
 
 from ..configuration_tokenflex import NAMED_COUNTS
 from ..data.images import ImageError, decode_upload, fetch
 
 
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
 
@@ -38,33 +37,35 @@ class MessageReader:
         """
         read, images, details = [], [], []
         for i, message in enumerate(messages):
-            if not isinstance(message.get("role"), str):
-                raise ValueError(f"`messages[{i}]`={message!r:.80}: a message has a `role` and a `content`.")
-            content, calls = message.get("content"), message.get("tool_calls")
+            where = f"messages[{i}]"
+            role, content = message.get("role"), message.get("content")
+            if role not in list(ROLES):
+                raise ValueError(f"`{where}.role`={role!r:.80}: give one of {', '.join(ROLES)}.")
+            _refuse_others(message, ("role", "content"), where)
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
-            elif content is None and calls:
-                content = []
             elif not isinstance(content, list):
-                raise ValueError(f"`messages[{i}].content`={content!r:.80}: give a text, or a list of parts.")
-            parts = [
-                self._read_part(part, f"messages[{i}].content[{j}]", images, details) for j, part in enumerate(content)
-            ]
-            read.append({"role": message["role"], "content": parts})
-            if calls:
-                read[-1]["tool_calls"] = _read_calls(calls, f"messages[{i}].tool_calls")
-            if "tool_call_id" in message:
-                read[-1]["tool_call_id"] = message["tool_call_id"]
+                raise ValueError(f"`{where}.content`={content!r:.80}: give a text, or a list of parts.")
+            parts = [self._read_part(part, f"{where}.content[{j}]", images, details) for j, part in enumerate(content)]
+            if role != "assistant" and all(part.get("text") == "" for part in parts):
+                raise ValueError(f"`{where}.content`={content!r:.80} is empty: give a text, or leave the message out.")
+            read.append({"role": ROLES[role], "content": parts})
         return read, details
 
     def _read_part(self, part: dict, where: str, images: list[Image.Image], details: list[str | None]) -> dict:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            _refuse_others(part, ("type", "text"), where)
             return {"type": "text", "text": part["text"]}
         if kind not in IMAGE_PARTS:
             raise ValueError(f"`{where}`: a part is a text with its `text`, or an `image_url`; this is {part!r:.80}.")
         source = part.get("image_url")
-        source = source if isinstance(source, dict) else {"url": source, "detail": part.get("detail")}
+        if isinstance(source, dict):
+            _refuse_others(part, ("type", "image_url"), where)
+            _refuse_others(source, ("url", "detail"), f"{where}.image_url")
+        else:
+            _refuse_others(part, ("type", "image_url", "detail"), where)
+            source = {"url": source, "detail": part.get("detail")}
         url, detail = source.get("url"), source.get("detail")
         if not isinstance(url, str):
             raise ValueError(f"`{where}`: an image part needs `image_url` with a data: or http(s): URL.")
@@ -82,13 +83,9 @@ class MessageReader:
         return {"type": "image", "image": image}
 
 
-def _read_calls(calls: list[dict], where: str) -> list[dict]:
-    """Calls of tools with their arguments as objects, over which chat templates go, and not as JSON."""
-    try:
-        functions = [dict(call["function"]) for call in calls]
-        for function in functions:
-            if isinstance(function["arguments"], str):
-                function["arguments"] = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`{where}`: a call has a `function` with a name and JSON `arguments` ({error!r}).") from None
-    return [{**call, "function": function} for call, function in zip(calls, functions)]
+def _refuse_others(said: dict, names: tuple[str, ...], where: str) -> None:
+    """Refuses what would not be read; null and empty lists say nothing."""
+    for name, value in said.items():
+        if name not in names and value not in (None, []):
+            known = ", ".join(f"`{name}`" for name in names)
+            raise ValueError(f"`{where}.{name}`={value!r:.80} is not read, only {known}: leave it out.")

@@ -71,11 +71,12 @@ def build_app(
     async def chat_completions(body: ChatRequest, request: Request):
         try:
             prompt = await chat.read(body)
-        except (ValueError, TypeError, TemplateError) as error:
+        except (ValueError, TypeError, RecursionError, TemplateError) as error:
             raise HTTPException(400, str(error)) from None
         headers = {"X-Vision-Tokens": ",".join(map(str, prompt.vision_tokens))} if prompt.vision_tokens else {}
         if body.stream:
-            return StreamingResponse(_events(chat, prompt), media_type="text/event-stream", headers=headers)
+            events = _events(chat, prompt, body.includes_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         completion = await chat.answer(prompt, request.is_disconnected)
         return JSONResponse(_whole(chat.name, prompt, completion), headers=headers)
 
@@ -125,20 +126,22 @@ def _whole(model: str, prompt: Prompt, completion: Completion) -> dict:
     return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(prompt, completion)}
 
 
-async def _events(chat: ChatModel, prompt: Prompt) -> AsyncIterator[str]:
-    """The answer as server-sent events in OpenAI's form; the last one but `[DONE]` has the usage."""
-    head = _head("chat.completion.chunk", chat.name)
+async def _events(chat: ChatModel, prompt: Prompt, includes_usage: bool) -> AsyncIterator[str]:
+    """The answer as server-sent events in OpenAI's form, with one behind it for the usage where that is asked for."""
+    head = _head("chat.completion.chunk", chat.name) | ({"usage": None} if includes_usage else {})
 
-    def event(delta: dict, finish_reason: str | None = None, **more) -> str:
+    def event(delta: dict, finish_reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
+        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
     yield event({"role": "assistant", "content": ""})
     try:
         async with aclosing(chat.stream(prompt)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Completion):
-                    yield event({}, piece.finish_reason, usage=_usage(prompt, piece))
+                    yield event({}, piece.finish_reason)
+                    if includes_usage:
+                        yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(prompt, piece)})}\n\n"
                 else:
                     yield event({"content": piece})
     except Exception as error:  # the status was sent before it happened
@@ -149,6 +152,7 @@ async def _events(chat: ChatModel, prompt: Prompt) -> AsyncIterator[str]:
 def _error(status: int, message: str) -> dict:
     """An error in the form whose message OpenAI's clients show."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode(errors="backslashreplace").decode()  # it may quote half a character
     return {"error": {"message": message, "type": kind, "code": status}}
 
 

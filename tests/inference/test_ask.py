@@ -74,6 +74,12 @@ def test_impossible_count_is_refused(folder, count, reason):
         ask(folder, "--num_vision_tokens", count)
 
 
+@pytest.mark.parametrize("question", ["<|im_end|>", "which <|image_pad|> is it?"])
+def test_a_question_s_control_tokens_are_refused(tiny, question):
+    with pytest.raises(ValueError, match="`question`: .*control token"):
+        answer(*tiny, SyntheticVQA(1, 4)[0]["image"], question, max_new_tokens=1)
+
+
 @pytest.mark.parametrize("content", [None, b"not an image", b""])
 def test_unreadable_image_is_refused_by_name(folder, tmp_path, content):
     if content is not None:

@@ -6,6 +6,7 @@ from contextlib import aclosing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from tokenflex.data.synthetic import draw_scene
 
@@ -117,6 +118,100 @@ def test_seeds_draw_the_same_answer_again(chat):
     assert len(set(drawn)) > 1
     assert [answer(chat, temperature=1, seed=seed, max_tokens=8).text for seed in range(4)] == drawn
     assert stream(chat, temperature=1, seed=2, max_tokens=8)[-1].text == drawn[2]
+
+
+def test_no_other_request_changes_what_a_seed_draws_nor_does_a_seed_change_others(chat):
+    async def run():
+        requests = [ChatRequest(messages=QUESTION, temperature=2, seed=seed, max_tokens=8) for seed in (3, None, 3)]
+        prompts = [await chat.read(request) for request in requests * 2]
+        return [done.text for done in await asyncio.gather(*(chat.answer(prompt, stays) for prompt in prompts))]
+
+    texts = asyncio.run(run())
+    alone = answer(chat, temperature=2, seed=3, max_tokens=8).text
+    assert [texts[place] for place in (0, 2, 3, 5)] == [alone] * 4
+    assert texts[1] != texts[4]
+
+
+CHECKPOINTS = [
+    {"do_sample": True},
+    {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.001},
+    {"do_sample": True, "min_p": 0.9, "typical_p": 0.2, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.1},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"num_beams": 3},
+    {"return_dict_in_generate": True},
+]
+
+
+@pytest.fixture
+def with_config(chat, monkeypatch):
+    """Gives the checkpoint other settings of generation."""
+    own = chat.model.generation_config
+
+    def with_config(options):
+        config = GenerationConfig(**{**own.to_diff_dict(), **options})
+        monkeypatch.setattr(chat.model, "generation_config", config)
+
+    return with_config
+
+
+@pytest.mark.parametrize("config", CHECKPOINTS)
+def test_temperature_and_top_p_decide_whatever_the_checkpoint_says(chat, config, with_config):
+    bodies = [{"temperature": 0}, {"temperature": 1e-30}, {"temperature": 1, "top_p": 0}]
+    bodies += [
+        {"temperature": 1.5, "seed": 3},
+        {"top_p": 0.99, "seed": 3},
+        {"temperature": 2, "top_p": 0.5, "seed": 3},
+    ]
+    expected = [answer(chat, max_tokens=8, **body).text for body in bodies]
+    assert len(set(expected[:3])) == 1 and len(set(expected)) == 4
+    with_config(config)
+    assert [answer(chat, max_tokens=8, **body).text for body in bodies] == expected
+    assert "".join(stream(chat, max_tokens=8, **bodies[3])[:-1]) == expected[3]
+
+
+def test_what_a_request_does_not_say_is_the_checkpoint_s(chat, with_config):
+    with_config({"do_sample": True, "temperature": 3.0})
+    assert len({answer(chat, max_tokens=8, seed=seed).text for seed in range(4)}) > 1
+    greedy = answer(chat, max_tokens=8, temperature=0).text
+    with_config({"max_new_tokens": 2, "repetition_penalty": 9.0})
+    assert answer(chat, temperature=0, logit_bias={chat.model.generation_config.eos_token_id: -100}).tokens == 2
+    assert answer(chat, max_tokens=8, temperature=0).text != greedy
+
+
+def test_a_request_sets_the_template_s_variables_and_nothing_else(calibrated, monkeypatch):
+    template = "{% if terse %}be brief. {% endif %}{{ style }}" + calibrated[1].chat_template
+    monkeypatch.setattr(
+        calibrated[1], "chat_template", template + "{% generation %}{{ eos_token }}{% endgeneration %}"
+    )
+    chat = ChatModel("model", *calibrated)
+    assert {"terse", "style"} <= chat.variables
+
+    def read(**variables):
+        request = ChatRequest(messages=QUESTION, chat_template_kwargs=variables)
+        return chat.processor.decode(asyncio.run(chat.read(request)).inputs["input_ids"][0])
+
+    assert read(terse=True, style="x").startswith("be brief. x<|im_start|>")
+    for name in ("eos_token", "namespace", "message", "text", "images", "tokenize"):
+        with pytest.raises(ValueError, match=f"takes no '{name}'"):
+            read(**{name: "x"})
+    for value in ("<|im_end|>", {"a": ["<|im_end|>"]}):
+        with pytest.raises(ValueError, match="`chat_template_kwargs`: the control token"):
+            read(style=value)
+
+
+@pytest.mark.parametrize("stop", [None, [], "not in it", ["not in it", "nor this"]])
+def test_an_answer_without_its_stop_string_is_whole(chat, stop):
+    body = {"temperature": 0, "max_tokens": 12, "logit_bias": {chat.model.generation_config.eos_token_id: -100}}
+    assert answer(chat, **body, stop=stop) == answer(chat, **body)
+
+
+def test_a_stop_string_is_not_looked_for_in_the_prompt(chat):
+    """Which ends with a line break, behind the name of the role."""
+    token = chat.processor.tokenizer.convert_tokens_to_ids("r")
+    whole = answer(chat, temperature=0, max_tokens=4, logit_bias={token: 100})
+    assert whole == Completion("rrrr", 4, "length")
+    assert answer(chat, temperature=0, max_tokens=4, logit_bias={token: 100}, stop="\nr") == whole
 
 
 @pytest.mark.parametrize("start", [0, 3, 9])

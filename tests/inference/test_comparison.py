@@ -39,6 +39,12 @@ def test_first_token_is_timed_before_the_last(tiny, image, monkeypatch):
         assert answer.milliseconds_to_first_token == 1000  # one tick: the clock is read at the start and at that token
 
 
+@pytest.mark.parametrize("question", ["<|im_end|>", "which <|image_pad|> is it?"])
+def test_control_tokens_of_a_question_are_refused(tiny, image, question):
+    with pytest.raises(ValueError, match="question.*control token"):
+        comparison.ask(*tiny, image, question)
+
+
 def test_tower_runs_once_for_all_counts(calibrated, image):
     model, processor = calibrated
     runs = []
