@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 PROVENANCE_NAME = "provenance.json"
@@ -146,3 +147,16 @@ def _write_checkpoint(folder: Path, model, processor, max_shard_size, state_dict
     processor.save_pretrained(folder)
     if provenance is not None:
         (folder / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2, default=str) + "\n")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The weights: one file, or those that the index names.
+
+    Args:
+        folder (`Path`): The checkpoint.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [file for file in [folder / SAFE_WEIGHTS_NAME] if file.is_file()]

@@ -1,4 +1,7 @@
-"""The ends of generated answers."""
+"""Generated answers: where they end, and what of them counts when they are compared."""
+
+import re
+import unicodedata
 
 import torch
 
@@ -28,3 +31,24 @@ def mask_answers(answers: torch.LongTensor, eos_token_id: int | list[int] | None
         return torch.ones_like(answers, dtype=torch.bool)
     is_end = torch.isin(answers, torch.tensor(eos_token_id, device=answers.device))
     return is_end.cumsum(-1) - is_end.long() == 0
+
+
+def normalize(answer: str) -> str:
+    """
+    An answer without what [`exact_match`] ignores: case, surrounding space, a final period of any script, and how a
+    letter is put together in Unicode (NFC).
+
+    Args:
+        answer (`str`): The answer.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.answers import normalize
+
+    >>> normalize(" Cafe\u0301. ") == normalize("Caf\u00e9")
+    True
+    ```
+    """
+    answer = re.sub(r"\s*[.。．।۔]?\s*\Z", "", answer.strip())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", answer).casefold())

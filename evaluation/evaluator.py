@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
+from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.provenance import public_names
 from ..data.arguments import SourceArguments
 from ..data.examples import to_example
@@ -37,7 +38,6 @@ def evaluate(
     show_progress: bool = True,
     metric: str = "exact_match",
     partial_file: str | Path | None = None,
-    run: dict | None = None,
 ) -> tuple[dict, list]:
     """
     Scores a model at every count, with intervals and comparisons, and puts what a count costs beside its score.
@@ -56,12 +56,13 @@ def evaluate(
             Prompts per batch when costs are measured; 0 measures none.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
         metric (`str`, *optional*, defaults to `"exact_match"`): One of `METRICS`.
-        partial_file (`str` or `Path`, *optional*): File that keeps answers while it runs, to go on from.
-        run (`dict`, *optional*): Description of the run; a partial file of another one is refused.
+        partial_file (`str` or `Path`, *optional*):
+            File that keeps answers while it runs, to go on from. One of another model, other rows or arguments is
+            refused.
 
     Returns:
-        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures, and
-        every answer.
+        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures and
+        the model's [`fingerprint`], and every answer.
     """
     get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
@@ -69,14 +70,21 @@ def evaluate(
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
     options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)
-    run = json.loads(json.dumps({**(run or {}), "num_processes": state.num_processes}))
+    [checkpoint] = broadcast_object_list([fingerprint(model, processor) if state.is_main_process else None])
+    run = {**checkpoint, "rows": len(dataset), "counts": counts, "metric": metric, "max_new_tokens": max_new_tokens}
+    run = json.loads(json.dumps({**run, "processes": state.num_processes}))
     with tempfile.TemporaryDirectory() as folder:
         file = _of_process(partial_file or Path(folder, PARTIAL))
         predictions = predict_on_and_on(file, run, *options, indices=share)
     if state.num_processes > 1:
         # A row's questions stay in order, rows of all processes are put in theirs.
         predictions = sorted(gather_object(predictions), key=lambda prediction: prediction.index)
-    report = {"metric": metric, **score(predictions, counts, metric), **compare(predictions, counts, metric)}
+    report = {
+        "checkpoint": checkpoint,
+        "metric": metric,
+        **score(predictions, counts, metric),
+        **compare(predictions, counts, metric),
+    }
     report["vision_tokens"] = {count: count for count in counts}
     if "auto" in counts:  # every question with an image is read at the smallest count first
         read = [p.chosen + min(model.config.vision_token_choices) for p in predictions if p.chosen is not None]
@@ -160,8 +168,6 @@ def main(argv: list[str] | None = None) -> None:
     state = _processes()
     place = "auto" if state.num_processes == 1 else state.device
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map=place)
-    run = {name: getattr(args, name) for name in ("model_name_or_path", "dataset", "dataset_split", "counts")}
-    run |= {"max_new_tokens": args.max_new_tokens, "rows": len(rows)}
     partial_file = Path(args.output_dir) / PARTIAL
     report, predictions = evaluate(
         model,
@@ -173,7 +179,6 @@ def main(argv: list[str] | None = None) -> None:
         latency_batch_size=args.latency_batch_size,
         metric=args.metric,
         partial_file=partial_file,
-        run=run,
     )
     report |= {"dataset": public_names(args.dataset), "dataset_split": args.dataset_split}
     if state.is_main_process:

@@ -3,8 +3,10 @@
 import difflib
 import math
 import re
-import string
 from collections.abc import Callable, Sequence
+
+from .answers import normalize
+from .choices import find_choice, option_letters
 
 
 def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
@@ -31,16 +33,6 @@ def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     """
     answers = _listed(prediction, answers)
     return float(normalize(prediction) in map(normalize, answers))
-
-
-def normalize(answer: str) -> str:
-    """
-    An answer without what [`exact_match`] ignores.
-
-    Args:
-        answer (`str`): The answer.
-    """
-    return answer.strip().removesuffix(".").strip().casefold()
 
 
 def _listed(prediction: str, answers: Sequence[str] | str) -> list[str]:
@@ -224,71 +216,9 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_LEAD = re.compile(r"\b(?:answer|(?:option|choice)(?=\s+is\b))(?:\s+is\b)?[\s:*]*", re.IGNORECASE)
-_ALONE = re.compile(r"\W*(?:(?:option|choice)\s+)?([A-Z])\W*", re.IGNORECASE)
-_MARKED = re.compile(r"(?<!\w)\(([A-Z])\)|^\W*([A-Z])[.):](?!\w)", re.IGNORECASE | re.MULTILINE)
-_LISTED = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?\W*[A-Z]\b(?:\W*(?:,|/|&|\band\b|\bor\b)\W*[A-Z]\b)*")
-
-
-def extract_choice(prediction: str, options: Sequence[str] | None = None) -> str | None:
-    """
-    The letter that a reply to a multiple-choice question chooses. These point to an option:
-
-    - a reply that is nothing but a letter: "B", "b", "(B)", "**B.**", "Option B";
-    - a letter in parentheses, or one that begins a line and is followed by ".", ")" or ":": "B. a dog", "it is (B)";
-    - after "answer", "answer is", "option is" or "choice is": one or several capital letters, or a letter and nothing
-      else: "Answer: b", "The answer is B because ...", "the answer is A or B";
-    - an option's text, compared as [`exact_match`] does, as the whole reply or as all that follows these words.
-
-    A reply that points to no option, or to several, chooses none. Negations are not understood.
-
-    Args:
-        prediction (`str`): Answer of the model.
-        options (`Sequence[str]`, *optional*):
-            The options' texts, from A on. Letters beyond them point to nothing. Without them any letter is an option.
-
-    Returns:
-        `str`: The capital letter, or `None`.
-
-    Example:
-
-    ```python
-    >>> from tokenflex.evaluation.metrics import extract_choice
-
-    >>> extract_choice("The answer is (B).")
-    'B'
-    >>> extract_choice("A dog.", options=["a cat", "a dog"])
-    'B'
-    >>> extract_choice("A or B") is None
-    True
-    ```
-    """
-    letters = _letters(options)
-    texts = [normalize(option) for option in options or []]
-    stated = _LEAD.split(prediction)[1:]
-    found = {letter for pair in _MARKED.findall(prediction) for letter in pair}
-    for reply in (prediction, *stated):
-        if alone := _ALONE.fullmatch(reply):
-            found.add(alone[1])
-        found.update(letter for letter, text in zip(letters, texts) if text == normalize(reply))
-    for reply in stated:
-        if listed := _LISTED.match(reply):
-            found.update(re.findall(r"\b[A-Z]\b", listed[0]))
-    found = {letter.upper() for letter in found} & set(letters)
-    return found.pop() if len(found) == 1 else None
-
-
-def _letters(options: Sequence[str] | None) -> str:
-    if options is None:
-        return string.ascii_uppercase
-    if isinstance(options, str) or not 1 <= len(options) <= 26 or not all(isinstance(text, str) for text in options):
-        raise ValueError(f"`options`={options!r}: a list of 1 to 26 strings, or `None` if they are not known.")
-    return string.ascii_uppercase[: len(options)]
-
-
 def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequence[str] | None = None) -> float:
     """
-    Checks that a reply chooses the right option, by the rules of [`extract_choice`].
+    Checks that a reply chooses the right option, by the rules of [`find_choice`].
 
     Args:
         prediction (`str`): Answer of the model.
@@ -310,17 +240,17 @@ def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequ
     1.0
     ```
     """
-    letters = _letters(options)
-    texts = {normalize(option): letter for letter, option in zip(letters, options or [])}
+    letters = option_letters(options)
+    places = {normalize(option): place for place, option in enumerate(options or [])}
+    places |= {letter.lower(): place for place, letter in enumerate(letters)}
     right = set()
     for answer in _listed(prediction, answers):
-        letter = answer.strip().upper()
-        letter = letter if letter and letter in set(letters) else texts.get(normalize(answer))
-        if letter is None:
+        place = places.get(answer.strip().lower(), places.get(normalize(answer)))
+        if place is None:
             known = "" if options is None else f" or one of the options {list(options)}"
             raise ValueError(f"`answers`={answers!r}: a letter from A to {letters[-1]}{known}, not {answer!r}.")
-        right.add(letter)
-    return float(extract_choice(prediction, options) in right)
+        right.add(place)
+    return float(find_choice(prediction, options) in right)
 
 
 METRICS: dict[str, Callable[..., float]] = {

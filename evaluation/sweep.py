@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example, to_example
 from ..placeholders_tokenflex import place_images
-from .metrics import get_metric, normalize
+from .answers import normalize
+from .metrics import get_metric
 from .options import rate_option
 
 

@@ -1,11 +1,12 @@
 """The files of a checkpoint that is to be published, and whether they are all there."""
 
-import json
 import math
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..checkpoints.files import weight_files
 
 
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "generation_config.json", "modeling_tokenflex.py")
@@ -43,19 +44,6 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         )
     found = {file for pattern in PUBLISHED for file in folder.glob(pattern) if file.name not in LEFT_OUT}
     return sorted(found)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """
-    The weights: one file, or those that the index names.
-
-    Args:
-        folder (`Path`): The checkpoint.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [file for file in [folder / SAFE_WEIGHTS_NAME] if file.is_file()]
 
 
 def count_parameters(folder: Path) -> int:

@@ -9,7 +9,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..checkpoints.files import replace_directory, write_file
-from .card import build_card, eval_results_yaml, read_evaluation
+from ..checkpoints.fingerprint import fingerprint_folder, name_differences
+from .card import Evaluation, build_card, eval_results_yaml, read_evaluation
 from .checkpoint import checkpoint_files
 
 
@@ -36,19 +37,32 @@ def collect_files(
         `dict[str, bytes | Path]`: The content, or the file that holds it.
 
     Raises:
-        ValueError: If the checkpoint or an evaluation is not whole.
+        ValueError: If the checkpoint or an evaluation is not whole, or the evaluation is of another checkpoint.
     """
     files = {file.name: file for file in checkpoint_files(checkpoint)}
     read = [read_evaluation(folder) for folder in evaluations]
     titles = [evaluation.slug for evaluation in read]
     if len(set(titles)) < len(titles):
         raise ValueError(f"`evaluation` names the same data twice: {', '.join(titles)}. Give one evaluation of each.")
+    if read:
+        _refuse_others(read, fingerprint_folder(checkpoint))
     for evaluation in read:
         files |= evaluation.files()
         if eval_task_id is not None:
             files |= {name: text.encode() for name, text in eval_results_yaml(evaluation, eval_task_id).items()}
     files["README.md"] = str(build_card(checkpoint, repo_id, read, **card_options)).encode()
     return files
+
+
+def _refuse_others(evaluations: Sequence[Evaluation], checkpoint: dict[str, str]) -> None:
+    """Refuses scores of another checkpoint than the one that is published."""
+    for evaluation in evaluations:
+        known = evaluation.report.get("checkpoint", {})
+        if differing := name_differences(known, checkpoint):
+            raise ValueError(
+                f"`evaluation`={str(evaluation.folder)!r} is of another checkpoint, which differs in {differing}: run "
+                "`tokenflex eval` on the one that is to be published."
+            )
 
 
 def push_checkpoint(

@@ -1,9 +1,12 @@
+import copy
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import SyntheticVQA
@@ -47,7 +50,7 @@ def test_a_stopped_evaluation_goes_on_and_answers_nothing_twice(tiny, tmp_path, 
         if path.exists() and torn:
             lines = path.read_text().split("\n")
             path.write_text("\n".join(lines[:-1]) + "\n" + '[{"index": '[:torn])
-    done = read_partial(path, RUN)
+    done = read_partial(path, RUN, ROWS)
     assert done == whole[: len(done)] and (stops == [0]) == (not done)
     asked = []
     generate = tiny[0].generate
@@ -61,7 +64,7 @@ def test_a_stopped_evaluation_goes_on_and_answers_nothing_twice(tiny, tmp_path, 
 def test_answers_of_another_evaluation_are_refused(tiny, tmp_path):
     on_and_on(tiny, tmp_path / "partial.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"differs in dataset \(drawn, not other\): name another"):
-        read_partial(tmp_path / "partial.jsonl", {**RUN, "dataset": "other"})
+        read_partial(tmp_path / "partial.jsonl", {**RUN, "dataset": "other"}, ROWS)
 
 
 def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, monkeypatch):
@@ -96,6 +99,99 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tiny, tmp_path, capsys, m
         main([*arguments, "--output_dir", str(tmp_path / "stopped"), "--num_vision_tokens", "4"])
     assert results("stopped") == expected
     assert len(list((tmp_path / "stopped").iterdir())) == 4
+
+
+@pytest.fixture
+def stopped(narrow, tmp_path, monkeypatch):
+    """A command, and a folder in which it was stopped behind its last answer."""
+    save_checkpoint(tmp_path / "checkpoint", *narrow)
+    write_rows(tmp_path / "rows.jsonl")
+
+    def command(*options):
+        main([
+            "--model_name_or_path", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "rows.jsonl"),
+            "--num_vision_tokens", "4", "--output_dir", str(tmp_path / "out"), "--latency_batch_size", "0",
+            "--max_new_tokens", "2", *options,
+        ])  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        module = sys.modules["tokenflex.evaluation.evaluator"]
+        patch.setattr(module, "score", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command()
+    return command, tmp_path
+
+
+def write_rows(file, question="which color?", shade=0):
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(file.with_name("image.png"))
+    rows = [{"image": "image.png", "question": text, "answer": "red"} for text in ("dark?", question)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change_weights(folder, model, processor):
+    with torch.no_grad():
+        model = copy.deepcopy(model)
+        model.lm_head.weight[0, 0] += 1
+    save_checkpoint(folder / "checkpoint", model, processor)
+
+
+def change_config(folder, model, processor):
+    model = copy.deepcopy(model)
+    model.config.text_config.rope_parameters["rope_theta"] = 5000.0
+    save_checkpoint(folder / "checkpoint", model, processor)
+
+
+def change_image_processor(folder, model, processor):
+    processor = copy.deepcopy(processor)
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    save_checkpoint(folder / "checkpoint", model, processor)
+
+
+def change_template(folder, model, processor):
+    processor = copy.deepcopy(processor)
+    processor.chat_template = processor.chat_template.replace("user", "USER") + " "
+    save_checkpoint(folder / "checkpoint", model, processor)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (change_weights, "weights"),
+        (change_config, "config"),
+        (change_image_processor, "processor"),
+        (change_template, "processor"),
+    ],
+)
+def test_another_checkpoint_of_the_same_name_is_refused(stopped, narrow, change, name):
+    command, folder = stopped
+    change(folder, *narrow)
+    with pytest.raises(ValueError, match=rf"another evaluation, which differs in {name} \("):
+        command()
+
+
+@pytest.mark.parametrize("change", [{"question": "what color?"}, {"shade": 1}])
+def test_other_rows_of_the_same_name_are_refused(stopped, change):
+    command, folder = stopped
+    write_rows(folder / "rows.jsonl", **change)
+    with pytest.raises(ValueError, match=f"row {0 if 'shade' in change else 1} .*another"):
+        command()
+
+
+@pytest.mark.parametrize(
+    "options", [("--max_new_tokens", "3"), ("--metric", "anls"), ("--num_vision_tokens", "4", "16")]
+)
+def test_other_arguments_are_refused(stopped, options):
+    command, folder = stopped
+    name = "counts" if "4" in options else options[0].strip("-")
+    with pytest.raises(ValueError, match=rf"differs in {name} \("):
+        command(*options)
+
+
+def test_the_same_checkpoint_goes_on_wherever_it_lies(stopped):
+    command, folder = stopped
+    (folder / "checkpoint").rename(folder / "moved")
+    command("--model_name_or_path", str(folder / "moved"), "--batch_size", "1")
+    assert (folder / "out" / "results.json").is_file()
 
 
 def test_two_processes_give_the_report_of_one(tiny, tmp_path, capsys):

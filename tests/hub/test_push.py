@@ -13,6 +13,7 @@ from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import evaluate, save_report
+from tokenflex.hub.push import collect_files
 from tokenflex.training.arguments import TokenFlexTrainingArguments
 from tokenflex.training.lora import add_adapters, lora_config
 from tokenflex.training.trainer import TokenFlexTrainer
@@ -93,6 +94,44 @@ def checkpoint(tiny, tmp_path_factory):
     report, predictions = evaluate(*tiny, SyntheticVQA(4, 5), latency_batch_size=2, show_progress=False)
     save_report(folder / "eval", report, predictions, "shapes")
     return folder / "checkpoint"
+
+
+def test_scores_of_another_checkpoint_are_refused(checkpoint, tiny, tmp_path):
+    model, processor = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+    scores = [checkpoint.with_name("eval")]
+    assert collect_files(checkpoint, "me/same", scores)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    save_checkpoint(tmp_path / "trained on", model, processor)
+    with pytest.raises(ValueError, match=r"`evaluation`=.*another checkpoint, which differs in weights \(\w+, not"):
+        collect_files(tmp_path / "trained on", "me/other", scores)
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    save_checkpoint(tmp_path / "seen otherwise", tiny[0], processor)
+    with pytest.raises(ValueError, match=r"differs in processor \("):
+        collect_files(tmp_path / "seen otherwise", "me/other", scores)
+
+
+def test_scores_that_do_not_say_of_which_checkpoint_are_refused(checkpoint, tmp_path):
+    report = json.loads((checkpoint.with_name("eval") / "results.json").read_text())
+    del report["checkpoint"]
+    save_report(tmp_path, report, [], "shapes")
+    with pytest.raises(ValueError, match="another checkpoint.*`tokenflex eval`"):
+        collect_files(checkpoint, "me/same", [tmp_path])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_scores_of_the_loaded_checkpoint_are_its_own(tiny, tmp_path, dtype):
+    """Whatever the dtypes of the saved weights and the files they are in."""
+    model = copy.deepcopy(tiny[0])
+    model.model.vision_tower.to(torch.bfloat16)
+    model.to(dtype)
+    save_checkpoint(tmp_path / "checkpoint", model, tiny[1], max_shard_size="500KB")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    processor = TokenFlexProcessor.from_pretrained(tmp_path / "checkpoint")
+    report, _ = evaluate(loaded, processor, SyntheticVQA(1, 5), [4], latency_batch_size=0, show_progress=False)
+    save_report(tmp_path / "eval", report, [], "shapes")
+    assert collect_files(tmp_path / "checkpoint", "me/same", [tmp_path / "eval"])
 
 
 @pytest.fixture
