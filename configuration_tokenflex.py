@@ -306,9 +306,9 @@ class TokenFlexConfig(PreTrainedConfig):
             Number of class tokens and registers before the patches of the tower's output; they are dropped. Known
             for SigLIP, CLIP, DINOv2, DINOv3, InternViT and ViT; must be given for other towers.
         projector_pooling (`str`, *optional*, defaults to `"average"`):
-            The operator that pools patches to a grid, a key of `POOLINGS` in `modeling_tokenflex`.
+            The operator that pools patches to a grid, a key of `POOLINGS` in `projector_tokenflex`.
         projector_connector (`str`, *optional*, defaults to `"swiglu"`):
-            The module between pooled features and the language model, a key of `CONNECTORS` in `modeling_tokenflex`:
+            The module between pooled features and the language model, a key of `CONNECTORS` in `projector_tokenflex`:
             the paper's `"swiglu"`, or `"mlp"` of two layers.
         projector_hidden_size (`int`, *optional*, defaults to the language model's hidden size):
             The inner width of the connector. The paper does not state it.
@@ -319,8 +319,8 @@ class TokenFlexConfig(PreTrainedConfig):
             them. The head that chooses is kept with the weights.
         initializer_range (`float`, *optional*, defaults to 0.02):
             The standard deviation of the projector's initial weights.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether to share input and output embeddings. Set when either this or the text config says so.
+        tie_word_embeddings (`bool`, *optional*, defaults to the text config's):
+            Whether to share input and output embeddings. The text config is made to say the same.
 
     Example:
 
@@ -351,9 +351,14 @@ class TokenFlexConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "silu"
     initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"The checkpoint is of type {kwargs['model_type']!r}, not {self.model_type!r}: load it with the Auto "
+                "classes, or make a TokenFLEX checkpoint of it with `tokenflex build`."
+            )
         # vLLM and SGLang read this entry; the other classes add theirs when they are saved.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_tokenflex.TokenFlexModel"})
         self.vision_config = _as_config(self.vision_config, DEFAULT_VISION_CONFIG)
@@ -373,8 +378,11 @@ class TokenFlexConfig(PreTrainedConfig):
                 + (f"it has {known}." if known is not None else "say how many class tokens and registers it has.")
                 + f" Known towers: {', '.join(CLASS_TOKENS)}."
             )
-        # Models tie by the top-level value, towers' checkpoints say it in the text config.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        elif self.text_config.tie_word_embeddings != self.tie_word_embeddings:
+            self.text_config = copy.deepcopy(self.text_config)
+            self.text_config.tie_word_embeddings = self.tie_word_embeddings
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
         if (self.vision_token_choices is None) != (self.vision_token_weights is None):

@@ -1,5 +1,6 @@
 """`generate` for TokenFLEX at any number of vision tokens, and the choice of that number by the model itself."""
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -90,9 +91,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         pad_token_id = self.generation_config.pad_token_id
         prompt = at_count(inputs, min(self.config.vision_token_choices), self.config, pad_token_id)
         hidden_states = self.model(**prompt, use_cache=False, return_dict=True).last_hidden_state
-        mask = prompt.get("attention_mask")
-        if mask is None:
-            return hidden_states[:, -1].float()
+        mask = prompt.get("attention_mask", torch.ones_like(prompt["input_ids"]))
         last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
         return hidden_states[torch.arange(len(last), device=last.device), last].float()
 
@@ -122,16 +121,14 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 f"it, or ask for 'low' ({min(choices)}), 'high' ({max(choices)}) or any count."
             )
         chances = self.model.vision_token_chooser(self.read_questions(input_ids, **kwargs))
-        return smallest_sufficient(
-            chances, chooser["choices"], chooser["tolerance"] if tolerance is None else tolerance
-        )
+        tolerance = chooser["tolerance"] if tolerance is None else tolerance
+        return smallest_sufficient(chances, chooser["choices"], tolerance)
 
     def _choose_counts(self, prompt: dict) -> tuple[dict, list[int] | None, list[int] | None]:
         """The prompt with features for pixels, the count of each image, and of each prompt, 0 without images."""
         if prompt.get("pixel_values") is None and not prompt.get("mm_encoder_outputs"):
             return prompt, None, None
         if not prompt.get("mm_encoder_outputs"):
-            prompt = dict(prompt)
             features = self.model.get_image_features(prompt.pop("pixel_values"), 1, return_dict=True)
             prompt["mm_encoder_outputs"] = {"image": features}
         chosen = self.choose_vision_tokens(**{name: prompt.get(name) for name in ("input_ids", *INPUTS)})
@@ -190,7 +187,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         kept = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         is_final = kept is not None and kept.pooler_output is not None and kwargs.get("vision_token_grids") is None
         if num_vision_tokens is None and is_final:  # pooled already: how transformers hands a prompt to an assistant
-            return super().generate(input_ids, generation_config, processors, *args, **kwargs)
+            return self._decode(input_ids, generation_config, processors, *args, **kwargs)
         if num_vision_tokens is None:
             num_vision_tokens = _said("num_vision_tokens", {}, *configs)
             if isinstance(num_vision_tokens, list):  # JSON has no tuples: a saved config holds (rows, columns) so
@@ -202,7 +199,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         cached = 0 if cache is None else int(cache.get_seq_length())
         self._refuse_unsupported(input_ids, num_vision_tokens, cached, kwargs, configs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return super().generate(input_ids, generation_config, processors, *args, **kwargs)
+            return self._decode(input_ids, generation_config, processors, *args, **kwargs)
 
         prompt, chosen = {**kwargs, "input_ids": input_ids}, None
         if num_vision_tokens == "auto":
@@ -211,15 +208,9 @@ class TokenFlexGenerationMixin(GenerationMixin):
             self._keep_new_images(prompt, num_vision_tokens, cache, cached)
         else:
             prompt = at_count(prompt, num_vision_tokens, self.config, _padding(kwargs, configs))
-            num_images, num_grids = count_images(prompt) or 0, len(prompt.get("vision_token_grids", ()))
-            if num_images != num_grids:
-                raise ValueError(
-                    f"Image features and image tokens do not match: {num_images} images are given, but `input_ids` "
-                    f"holds {num_grids}."
-                )
         self._encode_images(prompt, cached)
         rewritten = prompt.pop("input_ids")
-        output = super().generate(rewritten, generation_config, processors, *args, **prompt)
+        output = self._decode(rewritten, generation_config, processors, *args, **prompt)
 
         is_tensor = isinstance(output, torch.Tensor)
         if chosen is not None and not is_tensor:
@@ -227,8 +218,6 @@ class TokenFlexGenerationMixin(GenerationMixin):
         cache = cache if is_tensor else output.past_key_values
         if cache is not None:
             _IMAGE_POSITIONS[cache] = rewritten == self.config.image_token_id
-        if rewritten is input_ids:
-            return output
         sequences = output if is_tensor else output.sequences
         answers = sequences[:, rewritten.shape[1] :]
         callers = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0).to(answers.device)
@@ -237,6 +226,23 @@ class TokenFlexGenerationMixin(GenerationMixin):
             output.sequences = sequences
         return sequences if is_tensor else output
 
+    def _decode(self, *args, **kwargs):
+        """transformers' `generate`, with a cache for layers that training checkpoints, which before 5.24 drop it."""
+        layers = [module for module in self.modules() if getattr(module, "gradient_checkpointing", False)]
+        try:
+            for layer in layers:
+                layer.gradient_checkpointing = False
+            return super().generate(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = True
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # transformers leaves the images out of an assistant's prompt, which `forward` refuses unless it is told.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if kwargs.get("mm_encoder_outputs") is None else {"mm_encoder_outputs": {}, **inputs}
+
     def _encode_images(self, prompt: dict, cached: int) -> None:
         """Puts features in the place of images, a row's together, which transformers 5.18 would mix up in beams."""
         kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -244,6 +250,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         for name in ("image_sizes", "num_tiles"):
             prompt.pop(name, None)
         if images is None and kept is None:
+            first_placeholders(prompt["input_ids"][:, cached:], [], self.config.image_token_id)
             return
         if kept is None:
             kept = self.model.get_image_features(images, vision_token_grids=grids, return_dict=True)
@@ -321,7 +328,9 @@ class TokenFlexGenerationMixin(GenerationMixin):
                     "or embed the prompt at that count."
                 )
         elif _said("cache_implementation", kwargs, *configs) == "paged":
-            self._refuse_images(input_ids, "`cache_implementation`='paged'")
+            self._refuse_images(input_ids, "`cache_implementation`='paged'", "call `generate` with another cache")
+        if kwargs.get("negative_prompt_ids") is not None:
+            self._refuse_images(kwargs["negative_prompt_ids"], "`negative_prompt_ids`", "give a prompt of text alone")
         if count_images(kwargs) and _said("prefill_chunk_size", kwargs, *configs) and not KEEPS_IMAGES_OF_CHUNKS:
             raise ValueError(
                 f"`prefill_chunk_size`: transformers {transformers.__version__} drops images in it: leave it out, or "
@@ -334,17 +343,16 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 "`assistant_model` and `prompt_lookup_num_tokens` out, or start with an empty cache."
             )
 
-    def _refuse_images(self, input_ids: torch.LongTensor, where: str) -> None:
+    def _refuse_images(self, input_ids: torch.LongTensor, where: str, remedy: str) -> None:
         if num_tokens := int((input_ids == self.config.image_token_id).sum()):
             raise ValueError(
-                f"{where} takes no images in transformers, but `input_ids` holds {num_tokens} image tokens: call "
-                "`generate` with another cache."
+                f"{where} takes no images in transformers, but the prompt holds {num_tokens} image tokens: {remedy}."
             )
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """[`~transformers.GenerationMixin.generate_batch`], for prompts without images; others are refused."""
         for input_ids in inputs:
-            self._refuse_images(torch.as_tensor(input_ids), "`generate_batch`")
+            self._refuse_images(torch.as_tensor(input_ids), "`generate_batch`", "call `generate`")
         return super().generate_batch(inputs, *args, **kwargs)
 
 

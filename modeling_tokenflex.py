@@ -1,6 +1,7 @@
 """PyTorch TokenFLEX model ([arXiv 2504.03154](https://huggingface.co/papers/2504.03154))."""
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
 from .generation_tokenflex import TokenFlexChooser, TokenFlexGenerationMixin
 from .packing_tokenflex import pack_attention
-from .placeholders_tokenflex import encoded_grids
+from .placeholders_tokenflex import encoded_grids, first_placeholders
 from .projector_tokenflex import TokenFlexProjector
 
 
@@ -54,8 +55,7 @@ class TokenFlexCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 def _spare_vision(quantization_config):
     quantization_config = copy.deepcopy(quantization_config)
-    is_dict = isinstance(quantization_config, dict)
-    values = quantization_config if is_dict else vars(quantization_config)
+    values = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
     name = "llm_int8_skip_modules" if values.get("quant_method") == "bitsandbytes" else "modules_to_not_convert"
     if values.get(name) is None:
         values[name] = [r"(.*\.)?vision_tower", r"(.*\.)?multi_modal_projector", "lm_head"]
@@ -76,6 +76,12 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds all weights unrounded, in which a saved model is loaded by default."""
+        dtypes = {weight.dtype for weight in self.parameters() if weight.is_floating_point() and weight.itemsize > 1}
+        return functools.reduce(torch.promote_types, dtypes or {torch.get_default_dtype()})
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -272,7 +278,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if not is_distributed and not any(parameter.requires_grad for parameter in parameters):
             return 0.0
         size = (1, self.config.vision_config.num_channels, *self.config.image_size)
-        image = torch.zeros(size, device=self.device, dtype=self.dtype)
+        image = torch.zeros(size, device=self.device, dtype=self.vision_tower.dtype)
         return 0.0 * self.get_image_features(image, num_vision_tokens=1, return_dict=True).pooler_output.sum()
 
     @can_return_tuple
@@ -320,7 +326,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 Accepted since the processor can return them; only `generate` reads the first two.
             mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
                 `{"image": model.get_image_features(...)}`, in place of `pixel_values`. Features without a
-                `pooler_output`, as [`at_count`] leaves them, are pooled here.
+                `pooler_output`, as [`at_count`] leaves them, are pooled here. `{}` leaves placeholders without images.
             segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several continuations behind one shared prefix: 0 for the prefix, 1, 2, ... for each continuation, -1
                 for padding. Each continuation sees the prefix and itself, with the positions it would have alone.
@@ -339,6 +345,11 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
+        if input_ids is not None and pixel_values is None and mm_encoder_outputs is None:
+            cache = kwargs.get("cache", past_key_values)  # as transformers calls it from 5.24 on
+            # A step of decoding must not make the host wait, and a compiled graph cannot.
+            if input_ids.shape[1] > 1 and not is_compiling() and (cache is None or not cache.get_seq_length()):
+                first_placeholders(input_ids, [], self.config.image_token_id)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -416,18 +427,25 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
-        vision_token_grids: torch.LongTensor | None = None,
-        image_indices: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | TokenFlexImageOutput:
-        """See [`TokenFlexModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values, num_vision_tokens, vision_token_grids, image_indices, **kwargs
-        )
+    def _say_if_tied(self):
+        # Of weights that are offloaded nothing can be told.
+        head, embeddings = self.get_output_embeddings().weight, self.get_input_embeddings().weight
+        if head.device.type != "meta":
+            self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = head is embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As in transformers; a head that was untied from the embeddings stays so."""
+        self._say_if_tied()
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; the config says if the head is tied to the embeddings, whatever it said."""
+        self._say_if_tied()
+        super().save_pretrained(*args, **kwargs)
+
+    @functools.wraps(TokenFlexModel.get_image_features)
+    def get_image_features(self, *args, **kwargs):
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -483,17 +501,9 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             logits = softcap * torch.tanh(logits / softcap)  # Gemma 2 does so in its own head
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return TokenFlexCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_outputs=outputs.image_outputs,
-        )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return TokenFlexCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
 
 TokenFlexConfig.register_for_auto_class()

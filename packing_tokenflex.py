@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import and_masks, create_masks_for_generate
 
 
 def packed_position_ids(
@@ -63,11 +63,8 @@ def packed_mask_function(
     def prefix_or_own(batch, head, query, key):
         return (segment_ids[batch, key] == 0) | (segment_ids[batch, key] == segment_ids[batch, query])
 
-    if sample_ids is None:
-        return prefix_or_own
-    if segment_ids is None:
-        return same_sample
-    return lambda *position: same_sample(*position) & prefix_or_own(*position)
+    rules = ((same_sample, sample_ids), (prefix_or_own, segment_ids))
+    return and_masks(*(rule for rule, ids in rules if ids is not None))
 
 
 def create_packed_masks(

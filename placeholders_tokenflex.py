@@ -69,7 +69,7 @@ def at_count(
     first = first_placeholders(inputs["input_ids"], encoded, config.image_token_id)
     recounted = dict(inputs)
     if grids != encoded:
-        recounted = _rewrite_runs(recounted, first, grids, config.image_token_id, pad_token_id)
+        recounted = rewrite_runs(recounted, first, grids, config.image_token_id, pad_token_id)
     if grids:
         recounted["vision_token_grids"] = torch.tensor(grids, device=inputs["input_ids"].device)
     if kept := (inputs.get("mm_encoder_outputs") or {}).get("image"):
@@ -120,10 +120,8 @@ def asked_grids(inputs: Mapping, num_vision_tokens, num_images: int, config) -> 
 def count_images(inputs: Mapping) -> int | None:
     """Counts the rows of `pixel_values`, of kept features or, if images appear repeatedly, of `image_indices`."""
     kept = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    images = inputs.get("image_indices")
-    images = inputs.get("pixel_values") if images is None else images
-    images = kept.last_hidden_state if images is None and kept is not None else images
-    return None if images is None else len(images)
+    given = (inputs.get("image_indices"), inputs.get("pixel_values"), kept and kept.last_hidden_state)
+    return next((len(images) for images in given if images is not None), None)
 
 
 def first_placeholders(
@@ -158,29 +156,7 @@ def first_placeholders(
     )
 
 
-def place_images(inputs: Mapping, processed_images: Mapping, processor) -> dict:
-    """
-    Joins prompts that hold one placeholder per image with images that were processed apart from them.
-
-    Args:
-        inputs (`Mapping`): Tensors that run along the sequence, as for [`at_count`].
-        processed_images (`Mapping`): The processor's output for the images alone.
-        processor ([`TokenFlexProcessor`]): The processor.
-
-    Returns:
-        `dict`: Both, with one placeholder and a grid of (1, 1) for each tile, to be taken to a count by [`at_count`].
-    """
-    num_rows = count_images(processed_images)
-    num_tiles = processed_images.get("num_tiles")
-    inputs = dict(inputs)
-    if num_tiles is not None:
-        token_id, pad_token_id = processor.image_token_id, processor.tokenizer.pad_token_id
-        first = first_placeholders(inputs["input_ids"], [(1, 1)] * len(num_tiles), token_id)
-        inputs = _rewrite_runs(inputs, first, [(1, int(tiles)) for tiles in num_tiles], token_id, pad_token_id)
-    return {**inputs, **processed_images, "vision_token_grids": torch.ones(num_rows, 2, dtype=torch.long)}
-
-
-def _rewrite_runs(
+def rewrite_runs(
     inputs: dict,
     first: torch.LongTensor,
     grids: Sequence[tuple[int, int]],

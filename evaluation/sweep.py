@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.examples import Example, to_example
-from ..placeholders_tokenflex import place_images
+from ..data.placing import place_images
 from .answers import normalize
 from .metrics import get_metric
 from .options import rate_option

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
 from tokenflex.checkpoints.files import save_checkpoint
@@ -202,6 +202,24 @@ def test_images_may_appear_in_another_order_and_more_than_once(tiny):
     torch.testing.assert_close(model(**once, image_indices=torch.tensor([0, 0, 1])).logits, model(**same).logits)
     with pytest.raises(ValueError, match="lists 3"):
         model(**{**once, "vision_token_grids": inputs["vision_token_grids"]}, image_indices=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("part", ["head", "no head"])
+@pytest.mark.parametrize("mode", [{}, {"labels": True}, {"training": True}, {"cache": True}], ids=str)
+def test_placeholders_without_images_are_refused(part, mode):
+    model, processor = tiny_model_and_processor(width=32)
+    model.train("training" in mode)
+    inputs = encode(processor, [1, 0], 4)
+    kwargs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if "cache" in mode:
+        kwargs["past_key_values"] = DynamicCache()
+    if "labels" in mode and part == "head":
+        kwargs["labels"] = kwargs["input_ids"]
+    model = model if part == "head" else model.model
+    with pytest.raises(ValueError, match="`input_ids` holds 4 image tokens, but there are no images: pass `pixel_v"):
+        model(**kwargs)
+    model(**kwargs, mm_encoder_outputs={})  # which says that there are none
+    model(**kwargs | {"input_ids": torch.full_like(kwargs["input_ids"], 70)})
 
 
 def test_a_batch_without_images_has_gradients_for_tower_and_projector():

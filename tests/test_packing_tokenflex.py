@@ -44,7 +44,7 @@ def test_positions_and_sight_are_those_of_each_continuation_alone(row):
     for query in range(len(segments)):
         if samples[query] >= 0:
             assert got[query] == positions[query]
-            assert [key for key in range(query + 1) if mask(0, 0, query, key)] == seen[query]
+            assert [key for key in range(query + 1) if mask(0, 0, torch.tensor(query), key)] == seen[query]
 
 
 @given(packed_row(), st.sampled_from(["sdpa", "eager"]), st.integers(1, 8))

@@ -8,7 +8,8 @@ from transformers.utils import logging
 from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
 from ..data.encoding import EncodedRow, encode_row, measure_row
 from ..data.examples import Example
-from ..placeholders_tokenflex import at_count, encoded_grids, first_placeholders, place_images
+from ..data.placing import place_images
+from ..placeholders_tokenflex import at_count, encoded_grids, first_placeholders
 from .callback import VisionTokenCallback
 from .packing import pack_rows, stack_rows
 from .sampling import draw_num_vision_tokens

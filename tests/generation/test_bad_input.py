@@ -32,6 +32,17 @@ def test_placeholders_without_images_are_refused(tiny):
         model.generate(input_ids=inputs["input_ids"])
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_negative_prompt_has_no_images(tiny, use_cache):
+    # transformers runs it through the model by itself, and has no place for its images.
+    model, processor = tiny
+    options = {"guidance_scale": 1.5, "max_new_tokens": 3, "min_new_tokens": 3, "use_cache": use_cache}
+    with pytest.raises(ValueError, match="`negative_prompt_ids` takes no images.*4 image tokens"):
+        model.generate(**encode(processor, [1]), negative_prompt_ids=encode(processor, [1], 4)["input_ids"], **options)
+    text = encode(processor, [0], words=("an image of it",))["input_ids"]
+    model.generate(**encode(processor, [1]), negative_prompt_ids=text, **options)
+
+
 def test_runs_that_are_not_the_grids_are_refused(tiny):
     model, processor = tiny
     inputs = encode(processor, [2], [4, 16])

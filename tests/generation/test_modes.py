@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 import transformers
-from helpers import MIXED, answer, assert_same, chat, encode, generate
+from helpers import MIXED, answer, assert_same, chat, encode, generate, give_chooser
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
@@ -115,6 +115,18 @@ def test_an_assistant_drafts_whatever_count_a_config_names(owner):
         (model if owner == "model's" else assistant).generation_config.num_vision_tokens = 4
     got = answer(model, encode(processor, [3]), num_vision_tokens=16, assistant_model=assistant, **options)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_vision_tokens": 4}, {"num_vision_tokens": "auto"}], ids=str)
+def test_a_model_in_training_that_checkpoints_answers_alike(kwargs):
+    model, processor = tiny_model_and_processor(width=32)
+    give_chooser(model, [4, 16], torch.zeros(2, 32), [0.0, 1.0])
+    inputs = encode(processor, [1, 2], 16)
+    expected = answer(model.eval(), inputs, **kwargs)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert_same(answer(model, inputs, **kwargs), expected)
+    assert model.training and model.is_gradient_checkpointing
 
 
 def test_one_compiled_graph_decodes_every_count(small, fresh_compiler):
