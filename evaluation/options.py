@@ -3,7 +3,8 @@
 import string
 from collections.abc import Sequence
 
-from .metrics import extract_choice, normalize
+from .answers import normalize
+from .choices import find_choice
 
 
 def rate_option(prediction: str, answers: Sequence[str] | str, options: Sequence[str]) -> float:
@@ -29,8 +30,9 @@ def rate_option(prediction: str, answers: Sequence[str] | str, options: Sequence
     ```
     """
     right = [answers] if isinstance(answers, str) else list(answers)
-    if chosen := extract_choice(prediction, options):
-        return float(chosen in right)
+    chosen = find_choice(prediction, options)
+    if chosen is not None:
+        return float(string.ascii_uppercase[chosen] in right)
     # Options of the same text cannot be told apart by it.
     texts = {normalize(options[string.ascii_uppercase.index(letter)]) for letter in right}
     return float(len(normalize(prediction)) > 1 and normalize(prediction) in texts)
