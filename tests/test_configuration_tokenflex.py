@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -84,6 +85,29 @@ def test_towers_are_adjusted_to_what_the_model_needs():
     assert config.tie_word_embeddings
     assert config.patch_grid == (24, 24)
     assert config.projector_hidden_size == 64
+
+
+@pytest.mark.parametrize("top", [None, True, False])
+@pytest.mark.parametrize("text", [True, False])
+def test_the_top_level_says_if_the_head_is_tied_else_the_text_config(tmp_path, top, text):
+    text_config = Qwen2Config(hidden_size=64, tie_word_embeddings=text)
+    said = {} if top is None else {"tie_word_embeddings": top}
+    made = TokenFlexConfig(text_config=text_config, **said)
+    assert text_config.tie_word_embeddings == text, "the caller's is left alone"
+    made.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["text_config"]["tie_word_embeddings"] = text  # as another program may have written it
+    written |= {"tie_word_embeddings": top}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    for config in (made, AutoConfig.from_pretrained(tmp_path)):
+        assert (config.tie_word_embeddings, config.text_config.tie_word_embeddings) == (top if said else text,) * 2
+
+
+def test_a_checkpoint_of_another_type_is_refused(tmp_path):
+    Qwen2Config(hidden_size=64).save_pretrained(tmp_path)
+    for load in (TokenFlexConfig.from_pretrained, TokenFlexForConditionalGeneration.from_pretrained):
+        with pytest.raises(ValueError, match="The checkpoint is of type 'qwen2', not 'tokenflex'"):
+            load(tmp_path)
 
 
 def test_saving_keeps_everything(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache
 
@@ -311,6 +312,67 @@ def test_auto_classes_give_the_right_classes(tiny, tmp_path):
     assert type(loaded) is TokenFlexForConditionalGeneration
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert loaded.generation_config.suppress_tokens == [tiny[1].image_token_id]
+
+
+def next_logits(model, size):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[70, 71, 72]])).logits[..., :size]
+
+
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("is_resized", [True, False])
+def test_a_head_of_its_own_stays_so(tmp_path, top, text, is_trained, is_resized):
+    model = tiny_model_and_processor(width=32)[0].eval()
+    weight, size = model.lm_head.weight.detach(), model.config.text_config.vocab_size
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(weight) if is_trained else weight.clone())
+    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = top, text
+    expected = next_logits(model, size)
+    if is_resized:
+        model.resize_token_embeddings(size + 8)
+    model.save_pretrained(tmp_path)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    for said in (loaded.config, loaded.config.text_config):
+        assert said.tie_word_embeddings is False
+    loaded.resize_token_embeddings(size + 16)
+    for kept in (model, loaded):
+        assert kept.lm_head.weight is not kept.get_input_embeddings().weight
+        torch.testing.assert_close(next_logits(kept, size), expected, atol=1e-5, rtol=0)
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    model = tiny_model_and_processor(width=32)[0].eval()
+    size = model.config.text_config.vocab_size
+    expected = next_logits(model, size)
+    model.resize_token_embeddings(size + 8)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    for kept in (model, loaded):
+        assert kept.lm_head.weight is kept.get_input_embeddings().weight
+        assert kept.config.tie_word_embeddings and kept.config.text_config.tie_word_embeddings
+        torch.testing.assert_close(next_logits(kept, size), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [("bfloat16", "float32", "bfloat16"), ("float16", "float16", "bfloat16"), ("bfloat16", "bfloat16", "float32")],
+    ids=str,
+)
+def test_weights_of_different_dtypes_are_loaded_unrounded(tmp_path, dtypes):
+    model, processor = tiny_model_and_processor(width=32)
+    for part, dtype in zip(("vision_tower", "multi_modal_projector", "language_model"), dtypes):
+        getattr(model.model, part).to(getattr(torch, dtype))
+    for images_per_row in ([1, 0], [0]):
+        inputs = encode(processor, images_per_row)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model.save_pretrained(tmp_path)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.dtype == loaded.config.dtype == torch.float32
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.float()), name
 
 
 def test_a_folder_without_weights_is_refused(tiny, tmp_path):

@@ -104,7 +104,8 @@ def merge_adapters(
     base: str | Path, adapter: str | Path, dtype: str | torch.dtype = "auto"
 ) -> TokenFlexForConditionalGeneration:
     """
-    Loads the checkpoint that adapters were trained on, and adds them to its weights.
+    Loads the checkpoint that adapters were trained on, and adds them to its weights. A head tied to the embeddings
+    gets weights of its own where adapters change one of the two.
 
     Args:
         base (`str` or `Path`):
@@ -137,6 +138,7 @@ def merge_adapters(
     ```
     """
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None:
         raise ValueError(
@@ -144,7 +146,12 @@ def merge_adapters(
             "again: name the checkpoint from which it was quantized."
         )
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    adapted = PeftModel.from_pretrained(model, adapter)
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if isinstance(module, BaseTunerLayer):  # what it adds to its weight must not be added to one tied to it
+            layer = module.get_base_layer()
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+    return adapted.merge_and_unload()
 
 
 def nf4_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

@@ -159,6 +159,34 @@ def test_tied_head_and_embeddings_stay_tied_and_frozen():
     assert not adapted.lm_head.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_adapters_of_a_tied_head_are_merged_into_it_alone(base, tmp_path, parts):
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(load(base), peft.LoraConfig(r=2, init_lora_weights=False, **parts)).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight.add_(torch.randn_like(weight) * weight.requires_grad / 100)
+        expected = adapted(**encode(4)).logits
+        adapted.save_pretrained(tmp_path / "adapter")
+        merged = merge_adapters(base, tmp_path / "adapter").eval()
+        merged.save_pretrained(tmp_path / "merged")
+        for model in (merged, load(tmp_path / "merged")):
+            torch.testing.assert_close(model.eval()(**encode(4)).logits, expected, atol=1e-3, rtol=1e-4)
+            is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+            assert is_tied == (load(base).config.tie_word_embeddings and parts == {"target_modules": ["q_proj"]})
+
+
 def test_rank_that_is_no_rank_is_refused():
     with pytest.raises(ValueError, match="`rank`=0"):
         lora_config(tiny()[0], rank=0)
