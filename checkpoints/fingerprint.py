@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
@@ -66,16 +67,19 @@ def fingerprint(model, processor) -> dict[str, str]:
     }
 
 
-def fingerprint_folder(folder: str | Path) -> dict[str, str]:
+def fingerprint_checkpoint(checkpoint: str | Path) -> dict[str, str]:
     """
     Fingerprints of a saved checkpoint, which are those of the model and processor that are loaded from it.
 
     Args:
-        folder (`str` or `Path`): The checkpoint.
+        checkpoint (`str` or `Path`): Folder or Hub id.
     """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(checkpoint), ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
     config = AutoConfig.from_pretrained(folder)
     return {
-        "weights": _of_tensors(_stored_tensors(Path(folder), config.dtype)),
+        "weights": _of_tensors(_stored_tensors(folder, config.dtype)),
         "config": _of_config(config, GenerationConfig.from_pretrained(folder)),
         "processor": _of_processor(AutoProcessor.from_pretrained(folder)),
     }

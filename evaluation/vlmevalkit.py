@@ -11,14 +11,22 @@ With a configuration file of VLMEvalKit the models are named there, as class `To
 """
 
 import functools
+import json
+import os
 import runpy
 import sys
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..checkpoints.files import write_file
+from ..checkpoints.fingerprint import fingerprint_checkpoint, name_differences
 from ..inference.counts import parse_num_vision_tokens
 from .harness import HarnessModel
+
+
+CLAIM = "tokenflex.json"
 
 
 class VisionLanguageModel(HarnessModel):
@@ -133,6 +141,31 @@ def register(pretrained: str, counts: list, **options) -> list[str]:
     return names
 
 
+def claim(work_dir: str | Path, models: Mapping[str, dict]) -> None:
+    """
+    Notes of which checkpoint the answers are that VLMEvalKit keeps under a model's name, and goes on from.
+
+    Args:
+        work_dir (`str` or `Path`): VLMEvalKit's `--work-dir`.
+        models (`Mapping[str, dict]`): Arguments of `TokenFlexVLM` by the models' names.
+
+    Raises:
+        ValueError: If it holds answers of another checkpoint, or of other arguments.
+    """
+    fingerprints = {path: fingerprint_checkpoint(path) for path in {model["pretrained"] for model in models.values()}}
+    for name, model in models.items():
+        decisive = {key: value for key, value in model.items() if key != "pretrained" and value is not None}
+        ours = {**fingerprints[model["pretrained"]], **json.loads(json.dumps(decisive))}
+        file = Path(work_dir, name, CLAIM)
+        theirs = json.loads(file.read_text()) if file.is_file() else ours
+        if differing := name_differences(theirs, ours):
+            raise ValueError(
+                f"{file.parent} holds answers of another model, which differs in {differing}: name another --work-dir "
+                "behind `--`, or delete it."
+            )
+        write_file(file, json.dumps(ours, indent=2) + "\n")
+
+
 def find_run_py() -> Path:
     """VLMEvalKit's run.py, which lies beside its package in a clone, and inside it in some builds."""
     spec = find_spec("vlmeval")
@@ -179,9 +212,22 @@ def main(argv: list[str] | None = None) -> None:
     import vlmeval.vlm
 
     vlmeval.vlm.TokenFlexVLM = _model_class()
+    theirs_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    theirs_parser.add_argument("--work-dir", default="./outputs")
+    theirs_parser.add_argument("--config")
+    known, _ = theirs_parser.parse_known_args(theirs)
     if args.pretrained is not None:
         options = {"max_new_tokens": args.max_new_tokens, "attn_implementation": args.attn_implementation}
-        theirs = [*theirs, "--model", *register(args.pretrained, counts, **options)]
+        names = register(args.pretrained, counts, **options)
+        models = {
+            name: {"pretrained": args.pretrained, "num_vision_tokens": count, **options}
+            for name, count in zip(names, counts)
+        }
+        theirs = [*theirs, "--model", *names]
+    else:
+        listed = json.loads(Path(known.config).read_text())["model"]
+        models = {name: model for name, model in listed.items() if model.get("class") == "TokenFlexVLM"}
+    claim(os.environ.get("MMEVAL_ROOT", known.work_dir), models)
     sys.argv = [str(run_py), *theirs]
     runpy.run_path(str(run_py), run_name="__main__")
 

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..checkpoints.files import replace_directory, write_file
-from ..checkpoints.fingerprint import fingerprint_folder, name_differences
+from ..checkpoints.fingerprint import fingerprint_checkpoint, name_differences
 from .card import Evaluation, build_card, eval_results_yaml, read_evaluation
 from .checkpoint import checkpoint_files
 
@@ -45,7 +45,7 @@ def collect_files(
     if len(set(titles)) < len(titles):
         raise ValueError(f"`evaluation` names the same data twice: {', '.join(titles)}. Give one evaluation of each.")
     if read:
-        _refuse_others(read, fingerprint_folder(checkpoint))
+        _refuse_others(read, fingerprint_checkpoint(checkpoint))
     for evaluation in read:
         files |= evaluation.files()
         if eval_task_id is not None:

@@ -118,12 +118,14 @@ class PublishingMixin:
             return push_checkpoint(*arguments, **options)
         return HfApi().run_as_future(push_checkpoint, *arguments, **options)
 
-    def evaluate_to_publish(self, source: dict | None = None) -> list[Path]:
+    def evaluate_to_publish(self, source: dict | None = None, model=None) -> list[Path]:
         """
         Scores the present weights on the `eval_dataset` as `tokenflex eval` does, into `<output_dir>/evaluation`.
 
         Args:
             source (`dict`, *optional*): Names of the data: `dataset`, a list of names, and `dataset_split`.
+            model (`TokenFlexForConditionalGeneration`, *optional*):
+                The model that is published, where it is not the trained one but has its adapters merged.
 
         Returns:
             `list[Path]`: A folder for each set; none if there is no set, or weights are shared out between processes.
@@ -136,7 +138,8 @@ class PublishingMixin:
         if self.eval_dataset is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return []
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation set": self.eval_dataset}
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if model is None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         was_training, folders = model.training, []
         for name, rows in sets.items():
             report, _ = evaluate(

@@ -164,7 +164,11 @@ def train(
         end_run(output_dir, described)
     if pushes:
         source = {"dataset": public_names(eval_args.eval_dataset), "dataset_split": eval_args.eval_dataset_split}
-        evaluations = trainer.evaluate_to_publish(source)
+        trainer.accelerator.wait_for_everyone()
+        merged = None
+        if model_args.lora_rank:
+            merged = AutoModelForImageTextToText.from_pretrained(final, device_map=args.device)
+        evaluations = trainer.evaluate_to_publish(source, merged)
         if trainer.is_world_process_zero():
             _publish(trainer, final, evaluations)
     trainer.accelerator.wait_for_everyone()

@@ -1,7 +1,9 @@
+import copy
 import json
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from tokenflex.checkpoints.files import save_checkpoint
@@ -59,6 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", nargs="+")
     parser.add_argument("--model", nargs="+")
     parser.add_argument("--config")
+    parser.add_argument("--work-dir")
     args = parser.parse_args()
     if args.config:
         assert args.data is None and args.model is None
@@ -200,6 +203,31 @@ def test_models_of_a_configuration_file_are_found(workspace, checkpoint, paths, 
     vlmevalkit.main(["--", "--config", "config.json"])
     expected = [own_answer(tiny, message, 16, 3) for message in interleaved(paths)]
     assert json.loads((workspace / "sixteen.json").read_text()) == expected
+
+
+def commands(folder, checkpoint, data):
+    """A command that names the model itself, and one whose model stands in a configuration file."""
+    model = {"class": "TokenFlexVLM", "pretrained": str(checkpoint), "num_vision_tokens": 4, "max_new_tokens": 3}
+    (folder / "c.json").write_text(json.dumps({"model": {"tokenflex-4": model}, "data": dict.fromkeys(data)}))
+    counts = ["--num_vision_tokens", "4", "--max_new_tokens", "3"]
+    yield ["--pretrained", str(checkpoint), *counts, "--", "--work-dir", "w", "--data", *data]
+    yield ["--", "--work-dir=w", "--config", "c.json"]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_answers_of_another_checkpoint_of_the_same_name_are_refused(workspace, tiny, data, kind):
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    save_checkpoint(workspace / "checkpoint", model, processor)
+    vlmevalkit.main(list(commands(workspace, workspace / "checkpoint", data))[kind])
+    (workspace / "checkpoint").rename(workspace / "moved")
+    vlmevalkit.main(list(commands(workspace, workspace / "moved", data))[kind])
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    save_checkpoint(workspace / "checkpoint", model, processor)
+    with pytest.raises(ValueError, match=r"tokenflex-4 holds answers of another model.*in weights \(.*--work-dir"):
+        vlmevalkit.main(list(commands(workspace, workspace / "checkpoint", data))[kind])
+    with pytest.raises(ValueError, match=r"differs in max_new_tokens \(3, not 5\)"):
+        vlmevalkit.claim("w", {"tokenflex-4": {"pretrained": "moved", "num_vision_tokens": 4, "max_new_tokens": 5}})
 
 
 @pytest.mark.parametrize(
