@@ -1,7 +1,6 @@
 """Saving without half-written results: everything is written under a temporary name, then renamed."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -139,11 +138,6 @@ def update_checkpoint(path: str | Path, model, processor, provenance: dict) -> N
 
 def _write_checkpoint(folder: Path, model, processor, max_shard_size, state_dict, provenance: dict | None) -> None:
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    if len(dtypes) > 1:
-        # transformers writes the dtype of the first weight, and loads all of them in what is written.
-        model.config.dtype = functools.reduce(torch.promote_types, dtypes)
-        model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     if provenance is not None:
         (folder / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2, default=str) + "\n")

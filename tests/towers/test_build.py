@@ -208,6 +208,20 @@ def test_towers_keep_their_weights_and_features(save, tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("vocab_size", [ROWS, 283], ids=["padded vocabulary", "exact vocabulary"])
+def test_a_head_that_only_the_config_ties_stays_as_it_is(save, tmp_path, vocab_size):
+    source = AutoModelForCausalLM.from_pretrained(save("qwen2-tied"))
+    source.resize_token_embeddings(vocab_size)
+    source.lm_head.weight = torch.nn.Parameter(torch.randn_like(source.lm_head.weight))
+    assert source.config.tie_word_embeddings
+    source.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    model, _ = round_trip(*build_from_towers(save("siglip"), tmp_path / "source"), tmp_path / "built")
+    assert torch.equal(model.lm_head.weight[:vocab_size], source.lm_head.weight)
+    assert torch.equal(model.get_input_embeddings().weight[:vocab_size], source.get_input_embeddings().weight)
+    assert not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("vocab_size", [ROWS, 283], ids=["padded vocabulary", "exact vocabulary"])
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models_keep_their_weights_and_logits(save, tmp_path, name, vocab_size):
     folder = save(name)
