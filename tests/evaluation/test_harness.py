@@ -1,7 +1,6 @@
 import base64
 
 import pytest
-import torch
 from helpers import give_chooser
 
 from tokenflex.checkpoints.files import save_checkpoint
@@ -15,17 +14,6 @@ CHOICES = [4, 16, 36]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Calibrated with a random head, which chooses among all counts."""
-    model, processor = tiny_model_and_processor()
-    weight = 0.3 * torch.randn(3, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
-    give_chooser(model, CHOICES, weight)
-    folder = tmp_path_factory.mktemp("harness") / "checkpoint"
-    save_checkpoint(folder, model, processor)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def conversations():
     """One image each, then two, then none."""
     conversations = []
@@ -36,12 +24,23 @@ def conversations():
     return conversations
 
 
-def chosen_counts(model, conversations):
-    inputs = model.processor.apply_chat_template(
+def encode(processor, conversations):
+    return processor.apply_chat_template(
         conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         processor_kwargs={"padding": True},
     )  # fmt: skip
-    return model.model.choose_vision_tokens(**inputs)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, conversations):
+    """Calibrated with a head that finds the smallest count enough for some conversations and not for others."""
+    model, processor = tiny_model_and_processor()
+    read = model.eval().read_questions(**encode(processor, conversations))
+    weight = 100 * (read - read.mean(0))[: len(CHOICES)]
+    give_chooser(model, CHOICES, weight, bias=-weight @ read.mean(0))
+    folder = tmp_path_factory.mktemp("harness") / "checkpoint"
+    save_checkpoint(folder, model, processor)
+    return str(folder)
 
 
 @pytest.mark.parametrize("name, count", [("low", 4), ("high", 36)])
@@ -53,7 +52,7 @@ def test_names_of_counts_are_the_counts(checkpoint, conversations, name, count):
 def test_auto_answers_at_the_count_that_each_conversation_chooses(checkpoint, conversations):
     auto = HarnessModel(checkpoint, num_vision_tokens="auto")
     answers = auto.answer(conversations, max_new_tokens=3)
-    chosen = chosen_counts(auto, conversations)
+    chosen = auto.model.choose_vision_tokens(**encode(auto.processor, conversations))
     assert len(set(chosen)) > 1
     at = {n: HarnessModel(checkpoint, num_vision_tokens=n).answer(conversations, max_new_tokens=3) for n in CHOICES}
     for row, (answer, count) in enumerate(zip(answers, chosen)):

@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 import transformers
-from helpers import MIXED, answer, assert_same, chat, encode, generate
+from helpers import MIXED, answer, assert_same, chat, compiles_checks, encode, generate
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
@@ -131,6 +131,7 @@ def test_one_compiled_graph_decodes_every_count(small, fresh_compiler):
         assert counter.frame_count == 1
 
 
+@compiles_checks
 def test_a_compiled_forward_prefills_and_decodes_every_count(small, fresh_compiler):
     _, processor = small
     model = tiny_model_and_processor(width=32)[0].eval()
