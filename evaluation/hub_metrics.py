@@ -1,11 +1,25 @@
 """The metrics as modules of the library `evaluate`, made without the Hub."""
 
 import inspect
+from collections.abc import Sequence
 
 import evaluate
 from datasets import Features, List, Value
 
 from .metrics import METRICS
+
+
+def _refuse_no_texts(predictions: Sequence, references: Sequence) -> None:
+    """Refuses what would be turned into text unasked, such as NaN into "nan"."""
+    for question, prediction in enumerate(predictions):
+        if not isinstance(prediction, str):
+            raise ValueError(f"`predictions`: that of question {question} is {prediction!r}, not a text.")
+    for question, answers in enumerate(references):
+        listed = [answers] if isinstance(answers, str) else answers
+        if not isinstance(listed, Sequence) or not listed or not all(isinstance(answer, str) for answer in listed):
+            raise ValueError(
+                f"`references`: those of question {question} are {answers!r}: a text, or a list of at least one."
+            )
 
 
 class _QuestionMetric(evaluate.Metric):
@@ -25,10 +39,16 @@ class _QuestionMetric(evaluate.Metric):
             ],
         )
 
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Adds a question."""
+        _refuse_no_texts([prediction], [reference])
+        super().add(prediction=prediction, reference=reference, **kwargs)
+
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Adds questions."""
         if predictions is not None and not len(predictions):
             raise ValueError("`predictions`=[]: at least one question.")
+        _refuse_no_texts(predictions or (), references or ())
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(self, predictions: list[str], references: list, **options) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from .answers import normalize
@@ -11,7 +12,9 @@ from .choices import find_choice, option_letters
 
 def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     """
-    Checks that a prediction is one of the answers but for case, surrounding space and a final period.
+    Checks that a prediction is one of the answers but for case, surrounding space, a final period (also "。", "．",
+    "।" or "۔") and how Unicode puts its letters together (canonical equivalence). Signs that only look alike, such as
+    full-width digits or Cyrillic letters, are others.
 
     Args:
         prediction (`str`): Answer of the model.
@@ -31,20 +34,21 @@ def exact_match(prediction: str, answers: Sequence[str] | str) -> float:
     1.0
     ```
     """
-    answers = _listed(prediction, answers)
+    prediction, answers = _composed(prediction, answers)
     return float(normalize(prediction) in map(normalize, answers))
 
 
-def _listed(prediction: str, answers: Sequence[str] | str) -> list[str]:
+def _composed(prediction: str, answers: Sequence[str] | str) -> tuple[str, list[str]]:
+    """Prediction and answers as lists of texts whose letters are put together in one way (NFC)."""
     if not isinstance(prediction, str):
         raise ValueError(f"`prediction`={prediction!r}: a string, such as {str(prediction)!r}.")
     listed = [answers] if isinstance(answers, str) else answers
     if not isinstance(listed, Sequence) or not listed or not all(isinstance(answer, str) for answer in listed):
         raise ValueError(f"`answers`={answers!r}: a string or a list of at least one string, such as ['yes'].")
-    return list(listed)
+    return unicodedata.normalize("NFC", prediction), [unicodedata.normalize("NFC", answer) for answer in listed]
 
 
-_PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = {
     word: str(digit)
@@ -66,9 +70,11 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
 def _normalize_vqa(answer: str) -> str:
-    answer = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
-    answer = re.sub(r"\.(?!\d)", "", _PUNCTUATION.sub(" ", answer))
-    words = [_DIGITS.get(word, word) for word in answer.split()]
+    text = answer = " ".join(answer.lower().split())
+    for mark in _PUNCTUATION:
+        goes = f"{mark} " in answer or f" {mark}" in answer or re.search(r"\d,\d", answer)
+        text = text.replace(mark, "" if goes else " ")
+    words = [_DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split()]
     return " ".join(_CONTRACTIONS.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES)
 
 
@@ -76,10 +82,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """
     The accuracy of VQA v2: a third for each person who gave that answer, at most 1, averaged over all ways to leave
     one person out. Both sides are first put in lower case, without articles, periods that are no decimal point and
-    punctuation, number words as digits, contractions with their apostrophe
-    (https://visualqa.org/evaluation.html; the marks that count as punctuation, and "none" as 0, are those of the
-    official script, https://github.com/GT-Vision-Lab/VQA). As on that page and unlike in that script, answers on which
-    everyone agrees are put in that form too.
+    punctuation, number words as digits, contractions with their apostrophe, as the official script does it
+    (https://github.com/GT-Vision-Lab/VQA): a mark that touches a space somewhere, or in an answer with a comma between
+    digits, is dropped, any other becomes a space, and "none" is 0. Unlike there, and as on
+    https://visualqa.org/evaluation.html, answers on which everyone agrees are put in that form too.
 
     Args:
         prediction (`str`): Answer of the model.
@@ -99,7 +105,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     0.9
     ```
     """
-    answers = _listed(prediction, answers)
+    prediction, answers = _composed(prediction, answers)
     if len(answers) < 2:
         raise ValueError(
             f"`answers`={answers!r}: VQA accuracy leaves one person's answer out, so at least two; "
@@ -133,7 +139,8 @@ def anls(prediction: str, answers: Sequence[str] | str) -> float:
     0.875
     ```
     """
-    similarity = max(_similarity(_squeeze(prediction), _squeeze(answer)) for answer in _listed(prediction, answers))
+    prediction, answers = _composed(prediction, answers)
+    similarity = max(_similarity(_squeeze(prediction), _squeeze(answer)) for answer in answers)
     return similarity if similarity >= 0.5 else 0.0
 
 
@@ -177,8 +184,9 @@ def edit_distance(first: str, second: str) -> int:
 def relaxed_accuracy(prediction: str, answers: Sequence[str] | str) -> float:
     """
     Checks that a prediction is one of the answers, for numbers within 5 % of it (ChartQA, arXiv 2203.10244, section
-    5.1). "12%" is read as 0.12 and what Python's `float` does not take, such as "1,000", as text; text must be the
-    same but for case and surrounding space. So does Pix2Struct's script, which other harnesses use
+    5.1). "12%" is read as 0.12. Numbers are what Python's `float` takes, full-width and other scripts' digits among
+    them; "1,000", "−5" with a minus sign in place of a hyphen and "$5" are text, which must be the same but for case
+    and surrounding space. So does Pix2Struct's script, which other harnesses use
     (https://github.com/google-research/pix2struct); unlike there, "0.0" is right where "0" is.
 
     Args:
@@ -204,13 +212,14 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str] | str) -> float:
             return prediction.strip().lower() == answer.strip().lower()
         return abs(number - target) / abs(target) <= 0.05 if target else number == 0
 
-    return float(any(map(right, _listed(prediction, answers))))
+    prediction, answers = _composed(prediction, answers)
+    return float(any(map(right, answers)))
 
 
 def _number(text: str) -> float | None:
     text = text.strip()
     try:
-        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
     return number if math.isfinite(number) else None
@@ -244,7 +253,8 @@ def multiple_choice(prediction: str, answers: Sequence[str] | str, options: Sequ
     places = {normalize(option): place for place, option in enumerate(options or [])}
     places |= {letter.lower(): place for place, letter in enumerate(letters)}
     right = set()
-    for answer in _listed(prediction, answers):
+    prediction, answers = _composed(prediction, answers)
+    for answer in answers:
         place = places.get(answer.strip().lower(), places.get(normalize(answer)))
         if place is None:
             known = "" if options is None else f" or one of the options {list(options)}"

@@ -24,7 +24,8 @@ COSTS = {
 
 def markdown_table(report: Mapping) -> str:
     """
-    One row per count: accuracy of each family, their mean and its 95 % interval, and what it costs. Below it, how each
+    One row per count: accuracy of each family, their mean and its 95 % interval, replies to multiple-choice questions
+    that choose no option, and what it costs. Below it, how each
     count's accuracy over all questions differs from the largest count's.
 
     Args:
@@ -35,20 +36,25 @@ def markdown_table(report: Mapping) -> str:
     families, measured = list(report["questions"]), [name for name in COSTS if report.get(name)]
     several, intervals = len(families) > 1, report.get("interval")
 
-    def row(first, values, mean, interval, costs=None):
+    unparsed = report.get("unparsed")
+
+    def row(first, values, mean, interval, costs=None, missed=""):
         cells = [first, *values, *([mean] if several else []), *([interval] if intervals else [])]
+        cells += [missed] if unparsed else []
         return "| " + " | ".join([*cells, *(costs or [""] * len(measured))]) + " |"
 
     names = [family.replace("|", "\\|") for family in families]
     titles = [COSTS[name][0] for name in measured]
-    lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", titles)]
+    lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", titles, "unparsed")]
     lines.append("|" + "---:|" * (lines[0].count(" | ") + 1))
     for count, accuracy in report["accuracy"].items():
         costs = [(report[name][count], COSTS[name][1]) for name in measured]
         costs = ["" if value is None else format(value, spec) for value, spec in costs]
         interval = "–".join(map(_percent, intervals[count])) if intervals else ""
         name = f"auto ({report['vision_tokens'][count]:.1f} read)" if count == "auto" else str(count)
-        lines.append(row(name, map(_percent, accuracy.values()), _percent(report["mean"][count]), interval, costs))
+        missed = str(unparsed[count]) if unparsed else ""
+        mean = _percent(report["mean"][count])
+        lines.append(row(name, map(_percent, accuracy.values()), mean, interval, costs, missed))
     majority = list(report["majority"].values())
     lines.append(row("commonest answer", map(_percent, majority), _percent(sum(majority) / len(majority)), ""))
     for count, test in report.get("against_largest", {}).items():

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from ..data.examples import Example, to_example
 from ..data.placing import place_images
 from .answers import normalize
-from .metrics import get_metric
+from .choices import find_choice
+from .metrics import get_metric, multiple_choice
 from .options import rate_option
 
 
@@ -57,6 +58,15 @@ class Prediction:
         """
         expected = self.references or self.answer
         return rate_option(reply, expected, self.options) if self.options else rate(reply, expected)
+
+    def is_parsed(self, count: int | str) -> bool:
+        """
+        Tells if the answer at a count chooses an option, right or wrong.
+
+        Args:
+            count (`int` or `str`): A count.
+        """
+        return find_choice(self.predictions[count], self.options) is not None
 
 
 def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
@@ -207,8 +217,9 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
 
     Returns:
         `dict`: Per family `questions`, their number, and `majority`, the accuracy of always giving the commonest
-        answer; per count `accuracy` of each family, its `mean` over families and `overall` over questions. Accuracies
-        go from 0 to 1.
+        answer; per count `accuracy` of each family, its `mean` over families and `overall` over questions, and for
+        `"multiple_choice"` `unparsed`, the number of replies that choose no option, which are wrong. Accuracies go
+        from 0 to 1.
 
     Raises:
         ValueError: If there is no such metric, or nothing to score.
@@ -232,10 +243,13 @@ def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric
         report["accuracy"][count] = accuracy
         report["mean"][count] = sum(accuracy.values()) / len(accuracy)
         report["overall"][count] = sum(map(sum, right.values())) / len(predictions)
+    if rate is multiple_choice:
+        report["unparsed"] = {count: sum(not p.is_parsed(count) for p in predictions) for count in counts}
     return report
 
 
 def _rate_of_commonest(predictions: Sequence[Prediction], rate: Callable[..., float]) -> float:
     """The score of always giving the commonest answer."""
-    ((commonest, _),) = Counter(normalize(p.answer) for p in predictions).most_common(1)
+    ((form, _),) = Counter(normalize(p.answer) for p in predictions).most_common(1)
+    commonest = next(p.answer for p in predictions if normalize(p.answer) == form)
     return sum(p.rate_reply(rate, commonest) for p in predictions) / len(predictions)

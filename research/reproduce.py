@@ -19,12 +19,14 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..checkpoints.files import write_file
+from ..checkpoints.fingerprint import digest, name_differences
 from .analysis import analyze
 from .arms import BASELINES, DISTILL_EQUAL, FIXED, FLEXIBLE, PAPER, Arm
 from .flops import step_flops
 from .report import markdown_report, plot_png
-from .runs import Run, Size, train_and_test, train_base
+from .runs import Run, Size, base_file, train_and_test, train_base
 
 
 SIZES = {
@@ -91,7 +93,7 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
 
     Raises:
         ValueError: If `seeds` is empty, names one twice or one outside 0 to 999, `workers` is below 1, or `output_dir`
-            holds an experiment of another size.
+            holds another experiment's results: of another size, version or machine, or from other bases.
     """
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 1000 for seed in seeds):
         raise ValueError(f"`seeds`={list(seeds)}: at least one, from 0 to 999, none twice; spread needs three.")
@@ -100,6 +102,7 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
     output_dir, start = Path(output_dir), time.perf_counter()
     _claim(output_dir, size)
     runs = plan(size, seeds)
+    _check_results(output_dir, runs)
     flops = {arm.name: step_flops(arm, size) for arm in dict.fromkeys(run.arm for run in runs)}
     _run_all(output_dir, runs, flops, size, workers)
     bases = dict.fromkeys(_base_name(run.arm, run.seed) for run in runs)
@@ -110,13 +113,7 @@ def reproduce(output_dir: str | Path, size: Size, seeds: Sequence[int] = (0, 1, 
         "flops_per_step": flops,
         "cpu_minutes": sum(done["cpu_seconds"] for done in (*results, *(_read(output_dir, n) for n in bases))) / 60,
         "last_call_minutes": (time.perf_counter() - start) / 60,
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-            "cpus": available_cpus(),
-            "workers": workers,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": {**_machine(), "cpus": available_cpus(), "workers": workers},
         **analyze(results, flops, regimes(size), curves(size)),
     }
     write_file(output_dir / "report.json", json.dumps(report, indent=2))
@@ -138,17 +135,43 @@ def _base_name(arm: Arm, seed: int) -> str:
 
 
 def _claim(output_dir: Path, size: Size) -> None:
-    """Results of one size do not mix with another's."""
-    file, ours = output_dir / "size.json", asdict(size)
-    theirs = json.loads(file.read_text()) if file.is_file() else ours
-    if theirs != ours:
-        differing = [
-            f"`{name}` {theirs.get(name)}, not {ours[name]}" for name in ours if theirs.get(name) != ours[name]
-        ]
+    """Results of one experiment do not mix with another's."""
+    file = output_dir / "experiment.json"
+    ours = {**asdict(size), "tokenflex": __version__, **_machine()}
+    is_new = not file.is_file() and not any((output_dir / name).exists() for name in ("bases", "runs"))
+    theirs = ours if is_new else json.loads(file.read_text()) if file.is_file() else {}
+    if differing := name_differences(theirs, ours):
         raise ValueError(
-            f"`output_dir`={str(output_dir)!r} holds runs of another size: {'; '.join(differing)}. Name a new folder."
+            f"`output_dir`={str(output_dir)!r} holds runs of another experiment, which differs in {differing}: name a "
+            "new folder."
         )
     write_file(file, json.dumps(ours, indent=2))
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _check_results(output_dir: Path, runs: Iterable[Run]) -> None:
+    """Refuses results under a run's name that are another run's, or began from another base."""
+    for run in runs:
+        file = _file(output_dir, run.name)
+        base = _file(output_dir, _base_name(run.arm, run.seed))
+        if file.is_file():
+            known = json.loads(file.read_text())
+            began = json.loads(base.read_text())["weights"] if base.is_file() else None
+            ours = {**_describe(run), "base": began}
+            if differing := name_differences({name: known.get(name) for name in ours}, ours):
+                raise ValueError(f"{file} is another run's result, which differs in {differing}: delete it.")
+
+
+def _describe(run: Run) -> dict:
+    described = {**asdict(run.arm), "seed": run.seed, "compared_at": run.steps, "num_images": run.num_images}
+    return {"run": json.loads(json.dumps(described))}
 
 
 def _run_all(output_dir: Path, runs: Sequence[Run], flops: Mapping[str, float], size: Size, workers: int) -> None:
@@ -218,12 +241,17 @@ def _be_quiet() -> None:
 
 def _train_base(arm: Arm, seed: int, size: Size, output_dir: Path) -> None:
     seconds = train_base(arm, seed, size, output_dir / "bases")
-    write_file(_file(output_dir, _base_name(arm, seed)), json.dumps({"cpu_seconds": seconds}))
+    weights = digest(base_file(output_dir / "bases", arm, seed).read_bytes())
+    write_file(_file(output_dir, _base_name(arm, seed)), json.dumps({"cpu_seconds": seconds, "weights": weights}))
 
 
 def _train_run(run: Run, steps: int, size: Size, output_dir: Path) -> None:
+    base = base_file(output_dir / "bases", run.arm, run.seed)
+    weights = digest(base.read_bytes())
+    if weights != _read(output_dir, _base_name(run.arm, run.seed))["weights"]:
+        raise ValueError(f"{base} is not the base that this experiment trained: name a new folder.")
     result = train_and_test(run, steps, size, output_dir / "bases")
-    write_file(_file(output_dir, run.name), json.dumps(result))
+    write_file(_file(output_dir, run.name), json.dumps({**result, **_describe(run), "base": weights}))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -84,3 +84,17 @@ def test_no_questions_are_refused(metric):
 def test_another_number_of_references_is_refused(metric):
     with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
         metric.compute(predictions=["A", "B"], references=[["A", "B"]])
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), [], [None, "B"], [float("nan"), "B"]])
+def test_references_that_are_no_texts_are_named(metric, bad):
+    with pytest.raises(ValueError, match="`references`: those of question 1 are"):
+        metric.compute(predictions=["A", "B"], references=[["A", "B"], bad])
+    with pytest.raises(ValueError, match="`references`: those of question 0 are"):
+        metric.add(prediction="A", reference=bad)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan")])
+def test_predictions_that_are_no_texts_are_named(metric, bad):
+    with pytest.raises(ValueError, match=f"`predictions`: that of question 1 is {bad}"):
+        metric.compute(predictions=["A", bad], references=[["A", "B"], ["A", "B"]])

@@ -1,5 +1,8 @@
 import itertools
+import re
 import statistics
+import unicodedata
+from math import nan
 
 import pytest
 from hypothesis import given, settings
@@ -74,7 +77,80 @@ def test_of_several_answers_the_best_counts(name, given_answers, prediction):
     assert metric(prediction, tuple(given_answers)) == metric(prediction, given_answers)
 
 
+SAME = {"vqa_accuracy": 2 / 3}  # of three who agree
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "multiple_choice"])
+@pytest.mark.parametrize("text", ["caf\u00e9", "\u212bngstr\u00f6m", "\ud55c\uad6d", "\u0915\u093c\u093e"])
+def test_letters_may_be_put_together_in_any_way(name, text):
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    for prediction, answer in itertools.product(forms, forms):
+        assert METRICS[name](prediction, [answer] * 3) == pytest.approx(SAME.get(name, 1))
+
+
+@pytest.mark.parametrize("stop", [".", "。", "．", "।", "۔"])
+def test_a_final_period_of_any_script_does_not_count(stop):
+    assert exact_match(f"红色 {stop} ", "红色")
+    assert not exact_match(f"{stop}红色", "红色")
+
+
+@pytest.mark.parametrize("prediction, answer", [("1２", "12"), ("x²", "x2"), ("сat", "cat"), ("5", "٥"), ("−5", "-5")])
+def test_signs_that_only_look_alike_are_others(prediction, answer):
+    assert not exact_match(prediction, answer)
+
+
 # VQA accuracy
+
+
+def official_vqa_form(text):
+    """The form of https://github.com/GT-Vision-Lab/VQA, but for contractions."""
+    text = out = text.replace("\n", " ").replace("\t", " ").strip()
+    for mark in [
+        ";",
+        r"/",
+        "[",
+        "]",
+        '"',
+        "{",
+        "}",
+        "(",
+        ")",
+        "=",
+        "+",
+        "\\",
+        "_",
+        "-",
+        ">",
+        "<",
+        "@",
+        "`",
+        ",",
+        "?",
+        "!",
+    ]:
+        if (mark + " " in text or " " + mark in text) or (re.search(r"(\d)(\,)(\d)", text) is not None):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out)
+    digits = {"none": "0", "zero": "0", "one": "1", "two": "2"}
+    words = [digits.get(word, word) for word in out.lower().split()]
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+vqa_texts = st.lists(st.sampled_from([*"ab12 ,.-/?()\n", " two ", " none ", "The "]), max_size=12).map("".join)
+
+
+@thousand
+@given(vqa_texts, vqa_texts)
+def test_vqa_accuracy_compares_as_the_official_script(prediction, answer):
+    same = official_vqa_form(prediction) == official_vqa_form(answer)
+    assert vqa_accuracy(prediction, [answer] * 4) == same
+
+
+def test_vqa_accuracy_drops_marks_beside_a_space_and_splits_at_others():
+    assert vqa_accuracy("red- blue-green", ["red bluegreen"] * 4) == 1
+    assert vqa_accuracy("1,000-2", ["10002"] * 4) == 1
 
 
 @pytest.mark.parametrize("same, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
@@ -209,6 +285,54 @@ def test_relaxed_accuracy_is_five_percent(prediction, answer, unit):
     assert relaxed_accuracy(f"{prediction}{unit}", f"{answer}{unit}") == (20 * abs(prediction - answer) <= answer)
 
 
+def official_relaxed(prediction, target):
+    """Pix2Struct's `relaxed_correctness`."""
+
+    def to_float(text):
+        try:
+            return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+        except ValueError:
+            return None
+
+    number, wanted = to_float(prediction), to_float(target)
+    if number is not None and wanted:
+        return abs(number - wanted) / abs(wanted) <= 0.05
+    return prediction.lower() == target.lower()
+
+
+numbers = st.text(st.sampled_from("0159.-%,") | st.sampled_from(["１", "٥", "५", "\u2212", "e", "$", "_"]), max_size=6)
+
+
+@thousand
+@given(numbers, numbers)
+def test_relaxed_accuracy_is_pix2structs(prediction, answer):
+    if float("inf") in map(abs, (_float(prediction), _float(answer))) or _float(answer) == 0:
+        return  # where it is this project's own
+    assert relaxed_accuracy(prediction, answer) == official_relaxed(prediction, answer)
+
+
+def _float(text):
+    try:
+        return float(text.rstrip("%"))
+    except ValueError:
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, right",
+    [
+        ("１２", "12", 1),
+        ("١٢", "12", 1),
+        ("12%%", "12%", 1),
+        ("\u22125", "-5", 0),
+        ("1,000", "1000", 0),
+        ("$5", "5", 0),
+    ],
+)
+def test_relaxed_accuracy_reads_the_numbers_that_float_does(prediction, answer, right):
+    assert relaxed_accuracy(prediction, answer) == right
+
+
 # Multiple choice
 
 
@@ -242,14 +366,16 @@ def test_scores_are_shares(name, prediction, given_answers):
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("bad", [[], None, 5, [5], [["yes"]], [{"answer": "yes"}], {"yes": 10}])
+@pytest.mark.parametrize(
+    "bad", [[], None, 5, nan, [nan, "yes"], [None], [5], [["yes"]], [{"answer": "yes"}], {"yes": 10}]
+)
 def test_answers_that_are_no_texts_are_refused(name, bad):
     with pytest.raises(ValueError, match="`answers`="):
         METRICS[name]("yes", bad)
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("bad", [None, 5, ["yes"]])
+@pytest.mark.parametrize("bad", [None, nan, 5, ["yes"]])
 def test_a_prediction_that_is_no_text_is_refused(name, bad):
     with pytest.raises(ValueError, match="`prediction`="):
         METRICS[name](bad, ["A", "B"])

@@ -57,6 +57,18 @@ def test_table_holds_the_scores():
     assert float(table[-1][columns["mean"]]) == pytest.approx(100.0)
 
 
+def test_unparsed_replies_stand_beside_the_scores():
+    predictions = [
+        Prediction(0, "all", "q", "A", {4: "A or B", 16: "A"}),
+        Prediction(1, "all", "q", "B", {4: "?", 16: "B"}),
+    ]
+    scores = score(predictions, [4, 16], "multiple_choice")
+    table = cells(markdown_table(scores))
+    assert table[0][-1] == "unparsed" and [row[-1] for row in table[1:]] == ["2", "0", ""]
+    assert len({len(row) for row in table}) == 1
+    assert "unparsed" not in markdown_table(score(predictions, [4, 16]))
+
+
 def test_intervals_choices_and_differences_stand_beside_the_scores():
     scores = report()
     for name in ("accuracy", "mean", "milliseconds_to_first_token", "tokens_per_second", "peak_memory_mib"):

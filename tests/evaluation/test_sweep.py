@@ -209,3 +209,20 @@ def test_several_answers_reach_the_metric():
         assert report["majority"] == {"all": 1}
     prediction.predictions = {4: "no"}
     assert score([prediction], [4])["overall"][4] == 1  # any of them is an exact match
+
+
+def test_replies_that_choose_no_option_are_counted():
+    replies = [("B", "B"), ("The answer is (B).", "B"), ("A or B", "A"), ("В, in Cyrillic", "B"), ("\\boxed{C}", "B")]
+    predictions = [
+        Prediction(index, "all", "which?", answer, {4: reply, 16: answer})
+        for index, (reply, answer) in enumerate(replies)
+    ]
+    report = score(predictions, [4, 16], "multiple_choice")
+    assert report["unparsed"] == {4: 2, 16: 0}
+    assert report["overall"] == {4: 2 / 5, 16: 1}
+    assert "unparsed" not in score(predictions, [4], "exact_match")
+
+
+def test_the_commonest_answer_is_scored_as_it_is_written():
+    predictions = [Prediction(i, "all", "how?", "Stra\u00dfe", {4: ""}) for i in range(2)]
+    assert score(predictions, [4], "anls")["majority"] == {"all": 1}

@@ -2,9 +2,11 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -91,15 +93,60 @@ def test_finished_runs_are_not_run_again(folder, monkeypatch):
 
 
 def test_another_size_is_refused(folder):
-    with pytest.raises(ValueError, match="`output_dir`.*`steps` 4, not 5.*new folder"):
+    with pytest.raises(ValueError, match=r"`output_dir`.*differs in steps \(4, not 5\): name a new folder"):
         reproduce(folder, dataclasses.replace(SIZE, steps=5))
+
+
+def copy_of(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_another_version_is_refused(folder, tmp_path, monkeypatch):
+    copied = copy_of(folder, tmp_path)
+    monkeypatch.setattr(module.transformers, "__version__", "5.0")
+    with pytest.raises(ValueError, match=r"differs in transformers \(.*, not 5.0\)"):
+        reproduce(copied, SIZE, [0])
+
+
+def test_results_that_do_not_say_of_which_experiment_are_refused(folder, tmp_path):
+    copied = copy_of(folder, tmp_path)
+    (copied / "experiment.json").unlink()
+    shutil.rmtree(copied / "runs")
+    with pytest.raises(ValueError, match=r"another experiment.*width \(None, not 32\)"):
+        reproduce(copied, SIZE, [0])
+
+
+@pytest.mark.parametrize("change", ["seed", "base"])
+def test_a_result_of_another_run_is_refused(folder, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(module, "plan", small_plan)
+    copied = copy_of(folder, tmp_path)
+    if change == "seed":
+        name = f"{PAPER.name}-4-4"
+        (copied / "runs" / f"{name}-0.json").replace(copied / "runs" / f"{name}-1.json")
+        with pytest.raises(ValueError, match=r"draw-235-4-4-1.json is another run's result.*'seed': 0"):
+            reproduce(copied, SIZE, [1])
+    else:
+        base = copied / "runs" / "base-swiglu-0.json"
+        base.write_text(json.dumps({**json.loads(base.read_text()), "weights": "other"}))
+        with pytest.raises(ValueError, match=r"another run's result, which differs in base \(\w+, not other\)"):
+            reproduce(copied, SIZE, [0])
+
+
+def test_no_run_begins_from_another_base(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plan", small_plan)
+    copied = copy_of(folder, tmp_path)
+    (copied / "runs" / f"{PAPER.name}-4-4-0.json").unlink()
+    (copied / "bases" / "base-swiglu-0.pt").write_bytes((copied / "bases" / "base-gelu-0.pt").read_bytes())
+    with pytest.raises(ValueError, match="base-swiglu-0.pt is not the base"):
+        reproduce(copied, SIZE, [0], workers=1)
 
 
 def test_a_failing_run_is_not_hidden_and_loses_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "plan", lambda size, seeds: small_plan(size, seeds)[:1])
+    module._claim(tmp_path, SIZE)
     done = tmp_path / "runs" / "base-swiglu-0.json"  # but its weights are gone
     done.parent.mkdir()
-    done.write_text('{"cpu_seconds": 1}')
+    done.write_text('{"cpu_seconds": 1, "weights": "gone"}')
     with pytest.raises(FileNotFoundError, match="base-swiglu-0.pt"):
         reproduce(tmp_path, SIZE, [0], workers=1)
     assert [file.name for file in (tmp_path / "runs").iterdir()] == [done.name]
