@@ -217,9 +217,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if len(set(grids)) > 1:
             features = list(features.split([rows * columns for rows, columns in grids]))
         return TokenFlexImageOutput(
-            last_hidden_state=patch_features,
-            pooler_output=features,
-            vision_token_grids=list(grids),
+            last_hidden_state=patch_features, pooler_output=features, vision_token_grids=list(grids)
         )
 
     def _resolve_grids(self, num_images: int, num_vision_tokens, vision_token_grids) -> list[tuple[int, int]]:

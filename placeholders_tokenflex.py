@@ -64,6 +64,8 @@ def at_count(
     tensor([[5, 9, 6]])
     ```
     """
+    if getattr(config, "patch_grid", None) is None:
+        raise ValueError(f"`config` is a {type(config).__name__}: give the model's config or its processor.")
     encoded = encoded_grids(inputs, config)
     grids = encoded if num_vision_tokens is None else asked_grids(inputs, num_vision_tokens, len(encoded), config)
     first = first_placeholders(inputs["input_ids"], encoded, config.image_token_id)

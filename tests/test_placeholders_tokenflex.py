@@ -58,3 +58,10 @@ def test_recounting_refuses_runs_that_do_not_match():
         inputs = {"input_ids": torch.tensor(ids), "vision_token_grids": torch.tensor(grids)}
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             at_count(inputs, 1, CONFIG)
+
+
+@pytest.mark.parametrize("arguments", [(CONFIG, 4), (4, "model"), (4, {}), (4, 4)])
+def test_what_is_no_config_is_refused_by_name(narrow, arguments):
+    num_vision_tokens, config = (argument if argument != "model" else narrow[0] for argument in arguments)
+    with pytest.raises(ValueError, match=f"`config` is a {type(config).__name__}: give the model's config"):
+        at_count({"input_ids": torch.tensor([[5]])}, num_vision_tokens, config)

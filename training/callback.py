@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
@@ -15,6 +16,8 @@ from .schemes import NESTED, nested_loss
 
 
 logger = logging.get_logger(__name__)
+
+QUESTION_COLUMNS = {"question", "questions", "messages", "conversations"}
 
 
 class VisionTokenCallback(TrainerCallback):
@@ -72,6 +75,12 @@ class VisionTokenCallback(TrainerCallback):
             raise ValueError(
                 "`accelerator_config.dispatch_batches`=True splits a batch's images unlike its prompts. Use False."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"`args.n_gpu`={args.n_gpu}: one process with several GPUs would split a batch's images unlike its "
+                "prompts. Start one process for each GPU, with `accelerate launch` or `torchrun --nproc_per_node "
+                f"{args.n_gpu}`, or let this one see a single GPU: `CUDA_VISIBLE_DEVICES=0`."
+            )
         collator = self.collator
         if collator.vision_token_choices is None:
             collator.vision_token_choices = list(model.config.vision_token_choices)
@@ -80,6 +89,20 @@ class VisionTokenCallback(TrainerCallback):
         if collator.seed is None:
             collator.seed = args.seed
         self.args = args
+
+    def refuse_removed_columns(self, rows: Sequence) -> None:
+        """
+        Raises:
+            ValueError: If the Trainer has taken from rows what the collator reads of them.
+        """
+        removes = self.args is not None and self.args.remove_unused_columns
+        for row in rows:
+            if isinstance(row, dict) and (not row or (removes and not QUESTION_COLUMNS & row.keys())):
+                raise ValueError(
+                    "`remove_unused_columns`=True: the Trainer has taken from the rows all columns that the model's "
+                    f"`forward` does not name, and left {sorted(row)}. Use `remove_unused_columns=False`: the "
+                    "collator reads the columns."
+                )
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if isinstance(train_dataloader, DataLoaderDispatcher):

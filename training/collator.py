@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
@@ -91,6 +92,11 @@ class TokenFlexDataCollator:
             raise ValueError(
                 "Give `vision_token_choices` and `vision_token_weights` together, or neither for the model config's."
             )
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"`processor` is a {type(processor).__name__}: give the model's processor, as "
+                "`AutoProcessor.from_pretrained` loads it."
+            )
         if vision_token_choices is not None:
             for i, count in enumerate(vision_token_choices):
                 resolve_vision_token_grid(count, processor.patch_grid, f"vision_token_choices[{i}]")
@@ -157,6 +163,7 @@ class TokenFlexDataCollator:
             `dict[str, torch.Tensor]`: With the callback, what [`~TokenFlexDataCollator.collate`] returns, which waits
             for its step; without it the batch is drawn and packed already.
         """
+        self.callback.refuse_removed_columns(rows)
         batch = self.collate(rows)
         return self._arrange_alone(batch) if self.callback.args is None else batch
 

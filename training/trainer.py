@@ -99,6 +99,12 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
         train_dataset=None,
         **kwargs,
     ):
+        wanted = {"args": (args, TokenFlexTrainingArguments)}
+        if data_collator is not None:
+            wanted["data_collator"] = (data_collator, TokenFlexDataCollator)
+        for name, (value, kind) in wanted.items():
+            if not isinstance(value, kind):
+                raise ValueError(f"`{name}` is a {type(value).__name__}: give a {kind.__name__}.")
         if data_collator is None:
             data_collator = TokenFlexDataCollator.from_arguments(
                 processing_class, args, vision_token_choices, vision_token_weights

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tokenflex.data.synthetic import SyntheticVQA
@@ -120,6 +121,34 @@ def test_evaluation_before_training_takes_the_largest_count(narrow, tmp_path):
     trainer = Trainer(model, args, data_collator=collator, eval_dataset=rows, callbacks=[collator.callback])
     trainer.evaluate()
     assert set(recorder.evaluated) == {36}
+
+
+ROWS = SyntheticVQA(4, 4, questions_per_image=1)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [ROWS, [{**ROWS[0], "labels": 3}], Dataset.from_list([{"question": "?", "answer": "red", "labels": 3}])],
+    ids=["list", "list with a column of the model's", "data set with a column of the model's"],
+)
+def test_removed_columns_are_refused_with_what_to_do(narrow, tmp_path, rows):
+    collator = TokenFlexDataCollator(narrow[1])
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(
+        copy.deepcopy(narrow[0]), args, data_collator=collator, train_dataset=rows, callbacks=[collator.callback]
+    )
+    with pytest.raises(ValueError, match="`remove_unused_columns`=True.*Use `remove_unused_columns=False`"):
+        trainer.train()
+
+
+def test_several_devices_in_one_process_are_refused(narrow, tmp_path):
+    # Data parallelism in one process cuts prompts by rows, and images where their number is halved.
+    collator = TokenFlexDataCollator(narrow[1])
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    args._n_gpu = 2
+    assert args.n_gpu == 2
+    with pytest.raises(ValueError, match=r"`args.n_gpu`=2.*torchrun --nproc_per_node 2.*CUDA_VISIBLE_DEVICES=0"):
+        Trainer(narrow[0], args, data_collator=collator, train_dataset=ROWS, callbacks=[collator.callback])
 
 
 def test_nothing_is_left_on_the_model_after_training(narrow, tmp_path):

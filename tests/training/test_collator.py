@@ -252,6 +252,12 @@ def test_choices_and_weights_come_together_and_fit(narrow):
             TokenFlexDataCollator(narrow[1], choices, weights)
 
 
+def test_what_is_no_processor_is_refused(narrow):
+    for other in (narrow[0], narrow[1].tokenizer, narrow[0].config):
+        with pytest.raises(ValueError, match=f"`processor` is a {type(other).__name__}"):
+            TokenFlexDataCollator(other)
+
+
 def test_unknown_counts_are_refused_with_the_way_out(narrow):
     with pytest.raises(ValueError, match="callbacks=.collator.callback"):
         TokenFlexDataCollator(narrow[1])([row_of([("which color?", "red")])])

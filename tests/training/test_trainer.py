@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_weights
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.data.examples import Example, to_example
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation.sweep import predict, score
@@ -279,6 +280,43 @@ def test_arguments_and_collator_have_to_agree(narrow, tmp_path):
     collator = TokenFlexDataCollator(narrow[1])
     with pytest.raises(ValueError, match="the `data_collator` says 'batch' and False"):
         TokenFlexTrainer(narrow[0], args, collator, processing_class=narrow[1])
+
+
+def test_arguments_in_each_others_places_are_refused(narrow, tmp_path):
+    (model, processor), args = narrow, TokenFlexTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    collator = TokenFlexDataCollator(processor)
+    for arguments, message in (
+        ((args, model), "`args` is a TokenFlexForConditionalGeneration: give a TokenFlexTrainingArguments"),
+        ((model, TrainingArguments(str(tmp_path))), "`args` is a TrainingArguments: give a TokenFlexTrainingArg"),
+        ((model, args, processor), "`data_collator` is a TokenFlexProcessor: give a TokenFlexDataCollator"),
+        ((model, collator, args), "`args` is a TokenFlexDataCollator"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenFlexTrainer(*arguments, processing_class=processor)
+
+
+@pytest.mark.parametrize("part", ["multi_modal_projector", "language_model"])
+def test_checkpoints_of_mixed_dtypes_resume_and_load_unrounded(narrow, tmp_path, part):
+    def train(folder, resume=None):
+        model = copy.deepcopy(narrow[0]).to(torch.bfloat16)
+        getattr(model.model, part).float()
+        collator = TokenFlexDataCollator(narrow[1])
+        args = TrainingArguments(
+            str(folder), max_steps=2, save_steps=1, learning_rate=1e-3, per_device_train_batch_size=2,
+            report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        rows = SyntheticVQA(8, 1, questions_per_image=1)
+        trainer = Trainer(model, args, data_collator=collator, callbacks=[collator.callback], train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())
+    whole.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "whole" / "checkpoint-2", tmp_path / "final"):
+        loaded = TokenFlexForConditionalGeneration.from_pretrained(folder).state_dict()
+        assert_same_weights(loaded, {name: weight.float() for name, weight in whole.model.state_dict().items()})
 
 
 def _train_in_child(folder, packing):
