@@ -86,7 +86,7 @@ class RowChecker:
         new = [name for name in unused_columns(row) if name not in self._named]
         if new:
             self._named.update(new)
-            logger.warning(f"{self.source}: not used are the columns {', '.join(map(repr, new))}.")
+            logger.warning(f"{self.source}: columns that are not used: {', '.join(map(repr, new))}.")
 
 
 def keep_encoded(dataset):

@@ -148,4 +148,4 @@ def test_rows_of_multiple_choice_sets_are_read_whole(tmp_path, caplog):
         "Which?", None, f"A. A\nB. B\nC. C\n{INSTRUCTION}",
     ]  # fmt: skip
     assert [part.get("text") for part in second.dialogs[0][0]["content"]] == ["How many?", None]
-    assert caplog.text.count("not used are the columns 'id', 'level'") == 1
+    assert caplog.text.count("columns that are not used: 'id', 'level'") == 1

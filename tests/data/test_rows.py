@@ -114,7 +114,7 @@ def test_columns_that_are_not_used_are_named_once(check_rows, streaming, caplog)
             list(read)
     named = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
     assert sorted(re.findall("'(.*?)'", " ".join(named))) == ["id", "level"]
-    assert all(message.startswith("some rows: not used are the columns '") for message in named)
+    assert all(message.startswith("some rows: columns that are not used: '") for message in named)
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 100)), min_size=1, max_size=5)
