@@ -48,7 +48,7 @@ def digest(value) -> str:
 
 def fingerprint(model, processor) -> dict[str, str]:
     """
-    Fingerprints of all on which a model's answers depend. Each CPU core reads about a gigabyte of weights a second.
+    Fingerprints of all on which a model's answers depend. A gigabyte of weights takes one to two seconds.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.

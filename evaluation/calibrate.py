@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
+from ..checkpoints.adapters import refuse_adapters
 from ..checkpoints.files import save_checkpoint, update_checkpoint, write_file
 from ..checkpoints.provenance import add_stage, public_names, read_provenance
 from ..data.arguments import SourceArguments
@@ -239,6 +240,7 @@ def calibrate_checkpoint(args: argparse.Namespace, sources: SourceArguments) -> 
     path = Path(args.model_name_or_path)
     if args.output_dir is None and not path.is_dir():
         raise ValueError(f"`output_dir` is needed: {args.model_name_or_path} is no folder that could be changed.")
+    refuse_adapters(args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     rows = load_rows(sources, processor)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")

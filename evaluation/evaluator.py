@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 
+from ..checkpoints.adapters import load_processor
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.provenance import public_names
 from ..data.arguments import SourceArguments
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", default="outputs/eval", help="Folder for reports.")
     args = parser.parse_args(argv)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     rows = load_rows(*parser.parse_dict(vars(args), allow_extra_keys=True), processor)
     state = _processes()
     place = "auto" if state.num_processes == 1 else state.device

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from ..checkpoints.adapters import load_processor
 from ..configuration_tokenflex import resolve_named_count
 from ..data.images import decode_image, fetch, is_address
 from ..data.videos import expand_videos
@@ -75,7 +76,7 @@ class HarnessModel:
             meant = f" Did you mean `{nearest[0]}`?" if nearest else ""
             raise ValueError(f"Unknown model argument `{name}`={value!r}.{meant} Known: {', '.join(known)}.")
         super().__init__()
-        self.processor = AutoProcessor.from_pretrained(pretrained)
+        self.processor = load_processor(pretrained)
         num_vision_tokens = _parse_count(num_vision_tokens)
         if not isinstance(num_vision_tokens, str):
             self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.files import write_file
+from .vlmevalkit import CLAIM
 
 
 # TokenFLEX's rows of the main table of arXiv 2504.03154.
@@ -85,11 +86,13 @@ class Scores:
     Args:
         percent (`dict`): The score of each (harness, count, benchmark).
         sources (`dict`): The file that each came from.
+        models (`dict`): A file of each (harness, model): what lmms-eval was given, a fingerprint for VLMEvalKit.
         notes (`list[str]`): Finds that were not used, with the reasons.
     """
 
     percent: dict[tuple[str, str, str], float] = field(default_factory=dict)
     sources: dict[tuple[str, str, str], Path] = field(default_factory=dict)
+    models: dict[tuple[str, str], Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, harness: str, count: str, benchmark: str, percent: float, source: Path) -> None:
@@ -116,7 +119,8 @@ def read_scores(paths: Iterable[str | Path]) -> Scores:
         `Scores`: The scores in them.
 
     Raises:
-        ValueError: If a path does not exist, none holds results, or a results file cannot be read.
+        ValueError: If a path does not exist, none holds results, a results file cannot be read, or those of one
+            harness are of several models.
     """
     scores, files = Scores(), {}
     for path in map(Path, paths):
@@ -130,6 +134,10 @@ def read_scores(paths: Iterable[str | Path]) -> Scores:
             _read_vlmevalkit(file, scores) or _read_lmms_eval(file, scores)
         except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{file} is not the results file that its name says: {error!r}") from error
+    for harness in {harness for harness, _ in scores.models}:
+        models = [f"{model} ({file})" for (other, model), file in scores.models.items() if other == harness]
+        if len(models) > 1:
+            raise ValueError(f"`paths` names {harness}'s results of several models, {', '.join(models)}: give one's.")
     if not scores.percent:
         found = "; ".join(scores.notes) or f"looked at {len(files)} JSON and CSV files"
         raise ValueError(
@@ -153,6 +161,9 @@ def _read_vlmevalkit(file: Path, scores: Scores) -> bool:
         values = [float(row[column]) for column in benchmark.columns]
         percent = sum(values) / len(values) * benchmark.scales[0]
         scores.add(VLMEVALKIT, name[1], benchmark.name, percent, file)
+        claim = next((folder / CLAIM for folder in file.parents[:2] if (folder / CLAIM).is_file()), None)
+        if claim is not None:
+            scores.models.setdefault((VLMEVALKIT, json.loads(claim.read_text())["weights"]), file)
     return True
 
 
@@ -183,6 +194,8 @@ def _read_lmms_eval(file: Path, scores: Scores) -> bool:
             continue
         percent = sum(values.values()) / len(values) * benchmark.scales[1]
         scores.add(LMMS_EVAL, count[1], benchmark.name, percent, file)
+        if model := re.search(r"(?:^|,)\s*pretrained=([^,]+)", arguments):
+            scores.models.setdefault((LMMS_EVAL, model[1]), file)
     return True
 
 

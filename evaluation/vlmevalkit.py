@@ -27,6 +27,7 @@ from .harness import HarnessModel
 
 
 CLAIM = "tokenflex.json"
+PLACES = ("class", "pretrained", "device")  # on which no answer depends
 
 
 class VisionLanguageModel(HarnessModel):
@@ -154,7 +155,7 @@ def claim(work_dir: str | Path, models: Mapping[str, dict]) -> None:
     """
     fingerprints = {path: fingerprint_checkpoint(path) for path in {model["pretrained"] for model in models.values()}}
     for name, model in models.items():
-        decisive = {key: value for key, value in model.items() if key != "pretrained" and value is not None}
+        decisive = {key: value for key, value in model.items() if key not in PLACES and value is not None}
         ours = {**fingerprints[model["pretrained"]], **json.loads(json.dumps(decisive))}
         file = Path(work_dir, name, CLAIM)
         theirs = json.loads(file.read_text()) if file.is_file() else ours

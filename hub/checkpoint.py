@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..checkpoints.adapters import refuse_adapters
 from ..checkpoints.files import weight_files
 
 
@@ -34,6 +35,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"`model_name_or_path`={str(folder)!r}: no such folder. Give a checkpoint's, such as "
             "outputs/demo/checkpoint."
         )
+    refuse_adapters(folder)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     missing += [] if weight_files(folder) else [SAFE_WEIGHTS_NAME]
     missing += [file.name for file in weight_files(folder) if not file.is_file()]

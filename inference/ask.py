@@ -2,8 +2,9 @@
 
 from argparse import ArgumentParser
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from ..checkpoints.adapters import load_processor
 from ..configuration_tokenflex import resolve_named_count
 from ..data.images import ImageError, decode_image
 from .control_tokens import refuse_control_tokens
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         image = decode_image(args.image)
     except ImageError as error:
         raise ValueError(f"`image`={args.image!r}: {error}.") from None
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto")
     choices = model.config.vision_token_choices
     for count in counts or choices:

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from ..checkpoints.adapters import load_processor
 from ..configuration_tokenflex import resolve_vision_token_grid
 from ..data.images import FORMATS, ImageError, decode_upload
 from ..data.synthetic import COLORS, draw_scene
@@ -206,7 +207,7 @@ def load(model_name_or_path: str):
     Returns:
         `tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]`
     """
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    processor = load_processor(model_name_or_path)
     return AutoModelForImageTextToText.from_pretrained(model_name_or_path, device_map="auto"), processor
 
 

@@ -9,8 +9,9 @@ from contextlib import aclosing
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from ..checkpoints.adapters import load_processor
 from ..checkpoints.provenance import is_hub_id
 
 
@@ -59,7 +60,7 @@ def build_app(
     """
     if not Path(model_name_or_path).is_dir() and not is_hub_id(model_name_or_path):
         raise ValueError(f"`model_name_or_path`={model_name_or_path!r}: no such folder, and no id of the Hub's form.")
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    processor = load_processor(model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **{"device_map": "auto", **model_options})
     messages = MessageReader(max_megapixels, max_images)
     chat = ChatModel(

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ..checkpoints.adapters import refuse_adapters
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import public_names, read_provenance
 from ..data.arguments import DataArguments, SourceArguments
@@ -95,6 +96,7 @@ def train(
     Raises:
         ValueError: If arguments do not fit each other, the data or the checkpoint to go on from.
     """
+    refuse_adapters(model_args.model_name_or_path)
     output_dir = Path(args.output_dir)
     final = output_dir / "final"
     described = describe_run(model_args, data_args, eval_args, args)

@@ -70,6 +70,21 @@ def test_every_score_of_lmms_eval_is_read_in_percent(tmp_path, model_args):
     assert read_scores([tmp_path]).percent == expected
 
 
+def test_results_of_several_models_are_no_row(tmp_path):
+    write_lmms_eval(tmp_path / "one", tasks=["mmstar"])
+    write_lmms_eval(tmp_path / "one", "num_vision_tokens=144,pretrained=a/b", tasks=["mmstar"])
+    for count, weights in (("64", "first"), ("144", "first")):
+        write_vlmevalkit(tmp_path / "two" / f"tokenflex-{count}" / "T20260101", count)
+        (tmp_path / "two" / f"tokenflex-{count}" / "tokenflex.json").write_text(json.dumps({"weights": weights}))
+    assert len(read_scores([tmp_path]).models) == 2
+    (tmp_path / "two" / "tokenflex-144" / "tokenflex.json").write_text('{"weights": "second"}')
+    with pytest.raises(ValueError, match=r"VLMEvalKit's results of several models, .*(first|second) \("):
+        read_scores([tmp_path])
+    write_lmms_eval(tmp_path / "one", "pretrained=a/c,num_vision_tokens=64", tasks=["ai2d"])
+    with pytest.raises(ValueError, match=r"lmms-eval's results of several models, a/b \(.*a/c \("):
+        read_scores([tmp_path / "one"])
+
+
 def test_table_shows_measured_above_paper(tmp_path):
     write_vlmevalkit(tmp_path)
     write_vlmevalkit(tmp_path, "8x12", ["MMStar_acc.csv"])
