@@ -448,12 +448,3 @@ def check_vision_token_weights(choices: Sequence[int], weights: Sequence[float])
             f"`vision_token_weights`={list(weights)}: weights are finite, not negative and not all zero, such as "
             "[0.2, 0.3, 0.5]."
         )
-
-
-__all__ = [
-    "TokenFlexConfig",
-    "match_vision_token_grid",
-    "resolve_named_count",
-    "resolve_vision_token_grid",
-    "resolve_vision_token_grids",
-]

@@ -507,10 +507,3 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
 TokenFlexConfig.register_for_auto_class()
 TokenFlexModel.register_for_auto_class("AutoModel")
 TokenFlexForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-
-
-__all__ = [
-    "TokenFlexForConditionalGeneration",
-    "TokenFlexModel",
-    "TokenFlexPreTrainedModel",
-]

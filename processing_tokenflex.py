@@ -1,29 +1,37 @@
 """Processor class for TokenFLEX."""
 
 import difflib
+import io
+import os
+import re
+import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import PIL.Image
 import torch
+import transformers
+from PIL import ExifTags, ImageOps
 from transformers import GotOcr2ImageProcessorPil
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, get_image_size, make_flat_list_of_images
-from transformers.processing_utils import (
-    ImagesKwargs,
-    MultiModalData,
-    ProcessingKwargs,
-    ProcessorMixin,
-    TextKwargs,
+from transformers.image_utils import (
+    ImageInput,
+    get_image_size,
+    is_valid_image,
+    make_flat_list_of_images,
+    to_numpy_array,
 )
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from .configuration_tokenflex import resolve_vision_token_grids
 
 
 IMAGE_TOKEN = "<|image_pad|>"
 VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"
+_OPTIONS = ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches")
 NO_VIDEOS = (
     "TokenFLEX takes the frames of videos as images: `tokenflex.data.videos.expand_videos` turns them into such."
 )
@@ -163,9 +171,8 @@ class TokenFlexProcessor(ProcessorMixin):
                 f"`tokenizer` has no token {self.image_token!r}: add it with "
                 f"`tokenizer.add_special_tokens({{'additional_special_tokens': ['{self.image_token}']}})`."
             )
-        has_marks = not {None, tokenizer.unk_token_id} & {
-            tokenizer.convert_tokens_to_ids(token) for token in (VISION_START_TOKEN, VISION_END_TOKEN)
-        }
+        marks = tokenizer.convert_tokens_to_ids([VISION_START_TOKEN, VISION_END_TOKEN])
+        has_marks = not {None, tokenizer.unk_token_id} & set(marks)
         self.image_placeholder = (
             f"{VISION_START_TOKEN}{self.image_token}{VISION_END_TOKEN}" if has_marks else self.image_token
         )
@@ -198,20 +205,15 @@ class TokenFlexProcessor(ProcessorMixin):
     def tiler(self) -> GotOcr2ImageProcessorPil:
         """GOT-OCR2's image processor with this image processor's size and statistics, which cuts images into tiles."""
         own = self.image_processor
-        if type(own).__name__.startswith("GotOcr2"):
-            return own
-        if type(own).__name__.endswith("Pil"):
-            kind = GotOcr2ImageProcessorPil
-        else:
-            from transformers import GotOcr2ImageProcessor as kind
+        is_pil = type(own).__name__.endswith("Pil")
+        kind = GotOcr2ImageProcessorPil if is_pil else transformers.GotOcr2ImageProcessor
         names = ("size", "resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
         return kind(**{name: getattr(own, name) for name in names})
 
     @property
     def model_input_names(self):
         # The Trainer's length sampling and batch-size search take the first name.
-        names = self.tokenizer.model_input_names + self.image_processor.model_input_names
-        names += ["vision_token_grids"]
+        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "vision_token_grids"]
         names += ["image_sizes"] if self.match_aspect_ratio else []
         names += ["num_tiles"] if self.crop_to_patches else []
         return list(dict.fromkeys(names))
@@ -251,36 +253,29 @@ class TokenFlexProcessor(ProcessorMixin):
         [208, 208]
         ```
         """
-        num_tiles, grids, _ = self._arrange(
-            image_sizes, num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches
-        )
-        tokens = iter(rows * columns for rows, columns in grids)
-        return [sum(next(tokens) for _ in range(tiles)) for tiles in num_tiles]
+        options = (num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches)
+        return self._arrange(image_sizes, *options)[-1]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """vLLM's question: [`~TokenFlexProcessor.count_vision_tokens`], and the rows of `pixel_values` per image."""
-        if image_sizes is None:
-            return MultiModalData()
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
         options = {name: options[name] for name in _OPTIONS if name in options}
-        num_tiles, _, _ = self._arrange(image_sizes, **options)
-        return MultiModalData(
-            num_image_tokens=self.count_vision_tokens(image_sizes, **options), num_image_patches=num_tiles
-        )
+        num_tiles, *_, num_tokens = self._arrange(image_sizes or (), **options)
+        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_tiles)
 
     def _arrange(
         self,
-        image_sizes: Sequence[tuple[int, int] | None],
+        image_sizes: Sequence[tuple[int, int]],
         num_vision_tokens=None,
         match_aspect_ratio: bool | None = None,
         crop_to_patches: bool | list[bool] | None = None,
         min_patches: int | None = None,
         max_patches: int | None = None,
-    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]] | None, list[int]]:
         """
         Returns:
-            `tuple`: The number of tiles of each image; the grid of each tile; and the size in pixels that decides the
-            shape of each tile's grid.
+            `tuple`: The number of tiles of each image; the grid of each tile; with `match_aspect_ratio` the size in
+            pixels that decides the shape of each tile's grid; and the number of tokens of each image.
         """
         if num_vision_tokens is None:
             num_vision_tokens = self.num_vision_tokens
@@ -291,43 +286,44 @@ class TokenFlexProcessor(ProcessorMixin):
         num_tiles = [1] * len(image_sizes)
         if any(crops):
             count_tiles = self.tiler.get_number_of_image_patches
-            limits["crop_to_patches"] = True
             num_tiles = [count_tiles(*size, limits) if crop else 1 for size, crop in zip(image_sizes, crops)]
         # Tiles have the tower's shape, and the last one is the thumbnail, which shows the whole image.
         tile_size = (self.image_processor.size["height"], self.image_processor.size["width"])
         sizes = [shown for size, tiles in zip(image_sizes, num_tiles) for shown in [tile_size] * (tiles - 1) + [size]]
+        sizes = sizes if match_aspect_ratio else None
+        cut = num_tiles if any(crops) else None
         grids = resolve_vision_token_grids(
-            num_vision_tokens,
-            len(sizes),
-            self.patch_grid,
-            image_sizes=sizes if match_aspect_ratio else None,
-            num_tiles=num_tiles if any(crops) else None,
+            num_vision_tokens, sum(num_tiles), self.patch_grid, image_sizes=sizes, num_tiles=cut
         )
-        return num_tiles, grids, sizes
+        tokens = iter(rows * columns for rows, columns in grids)
+        return num_tiles, grids, sizes, [sum(next(tokens) for _ in range(tiles)) for tiles in num_tiles]
 
     def _crops(self, crop_to_patches: bool | list[bool] | None, num_images: int) -> list[bool]:
-        crop_to_patches = self.crop_to_patches if crop_to_patches is None else crop_to_patches
-        if not isinstance(crop_to_patches, list):
-            return [crop_to_patches] * num_images
-        if len(crop_to_patches) != num_images:
-            number = len(crop_to_patches)
-            raise ValueError(f"`crop_to_patches` has {number} entries for {num_images} images: give one for each.")
-        return crop_to_patches
+        asked = self.crop_to_patches if crop_to_patches is None else crop_to_patches
+        crops = asked if isinstance(asked, list) else [asked] * num_images
+        if len(crops) != num_images:
+            raise ValueError(f"`crop_to_patches` has {len(crops)} entries for {num_images} images: give one for each.")
+        return crops
 
-    def _limits(self, min_patches: int | None = None, max_patches: int | None = None, **_) -> dict[str, int]:
+    def _limits(self, min_patches: int | None = None, max_patches: int | None = None, **_) -> dict[str, int | bool]:
         fewest = self.min_patches if min_patches is None else min_patches
         most = self.max_patches if max_patches is None else max_patches
         if not 1 <= fewest <= most:
             raise ValueError(f"`min_patches`={fewest} and `max_patches`={most}: give 1 <= min_patches <= max_patches.")
-        return {"min_patches": fewest, "max_patches": most}
+        return {"crop_to_patches": True, "min_patches": fewest, "max_patches": most}
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers; what tables fill in for a part's absent keys, `None`, is absent here too."""
         return super().apply_chat_template(_without_none(conversation), *args, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        is_nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
-        if is_nested and not any(images):
+        texts = [text] if text is None or isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str | None) for sample in texts):
+            raise ValueError(f"`text`={reprlib.repr(text)}: give a string or a list of strings, behind the images.")
+        if images is not None:
+            own = {"do_rescale": self.image_processor.do_rescale}
+            images = _read_images(images, {**own, **kwargs.get("images_kwargs", {}), **kwargs}["do_rescale"])
+        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
             images = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
@@ -342,11 +338,11 @@ class TokenFlexProcessor(ProcessorMixin):
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
         options = {name: options[name] for name in _OPTIONS if not isinstance(options.get(name), list | None)}
         self._arrange([(1, 1)], **options)
-        found = [sample.count(self.image_token) for sample in text or () if isinstance(sample, str)]
+        found = [sample.count(self.image_token) for sample in text or ()]
         if images is None and any(found):
             raise ValueError(f"`text` has {found} image placeholders ({self.image_token}), but no images were passed.")
         if images is not None and text is not None:
-            is_nested = isinstance(images, (list, tuple)) and isinstance(images[0], (list, tuple))
+            is_nested = isinstance(images, list) and isinstance(images[0], list)
             given = [len(group) for group in images] if is_nested else found
             num_images = len(make_flat_list_of_images(images))
             if sum(found) != num_images or given != found:
@@ -358,22 +354,20 @@ class TokenFlexProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _process_images(self, images: ImageInput, **kwargs):
-        images = [_to_rgb(image) for image in make_flat_list_of_images(images)]
+        images = make_flat_list_of_images(images)
         options = {name: kwargs.pop(name, None) for name in _OPTIONS}
         crops = self._crops(options["crop_to_patches"], len(images))
-        matched = options["match_aspect_ratio"]
-        matched = self.match_aspect_ratio if matched is None else matched
-        sizes = [_size(image) for image in images] if matched or any(crops) else [None] * len(images)
-        num_tiles, grids, shown = self._arrange(sizes, **options)
+        sizes = [image.size[::-1] if isinstance(image, PIL.Image.Image) else get_image_size(image) for image in images]
+        num_tiles, grids, shown, num_tokens = self._arrange(sizes, **options)
         return_tensors = kwargs.pop("return_tensors", None)
         tiles = self._read_tiles(images, crops, self._limits(**options), kwargs)
         processed_images = BatchFeature({"pixel_values": tiles}, tensor_type=return_tensors)
         if any(crops):
             processed_images["num_tiles"] = num_tiles
         processed_images["vision_token_grids"] = [list(grid) for grid in grids]
-        if matched:
+        if shown is not None:
             processed_images["image_sizes"] = [list(size) for size in shown]
-        return processed_images, [self.replace_image_token(processed_images, i) for i in range(len(images))]
+        return processed_images, [self.image_token * tokens for tokens in num_tokens]
 
     def _read_tiles(self, images: list, crops: list[bool], limits: dict, options: dict) -> list:
         """Runs the image processor on each image, on as many threads as torch computes with."""
@@ -381,26 +375,77 @@ class TokenFlexProcessor(ProcessorMixin):
 
         def read(image, crop: bool) -> list:
             if crop:
-                return list(tiler([image], crop_to_patches=True, **limits, **options)["pixel_values"])
+                return list(tiler([image], **limits, **options)["pixel_values"])
             return list(self.image_processor([image], **options)["pixel_values"])
 
         num_threads = min(len(images), torch.get_num_threads())
         if num_threads < 2:
             return [tile for image, crop in zip(images, crops) for tile in read(image, crop)]
-        for image in images:  # several may share one file
-            if isinstance(image, PIL.Image.Image):
-                image.load()
         with ThreadPoolExecutor(num_threads) as threads:
             return [tile for tiles in threads.map(read, images, crops) for tile in tiles]
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        num_tiles = image_inputs.get("num_tiles")
-        first, tiles = (image_idx, 1) if num_tiles is None else (sum(num_tiles[:image_idx]), num_tiles[image_idx])
-        grids = image_inputs["vision_token_grids"][first : first + tiles]
-        return self.image_token * int(sum(rows * columns for rows, columns in grids))
+
+def read_image(source) -> PIL.Image.Image:
+    """
+    Makes the image that the model sees: upright, RGB of 8 bits, on white. One that is so already is returned itself.
+
+    Args:
+        source (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `Path`, `bytes` or `dict`):
+            An image, its pixels, file, URL, base64 or bytes, or the `{"bytes", "path"}` of `datasets`.
+
+    Raises:
+        ValueError: If it cannot be decoded, has no pixels, or its values are not of 8 or 16 bits.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        image = _from_array(to_numpy_array(source))
+    else:
+        try:
+            image = _load(source)
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
+    if 0 in image.size:
+        raise ValueError(f"the image has no pixels ({image.width} x {image.height})")
+    if image.mode[0] in "IF":
+        pixels, hidden = np.asarray(image), image.info.get("transparency")
+        image = _from_array(pixels)
+        image.paste(255, mask=PIL.Image.fromarray(pixels == hidden))
+    if image.has_transparency_data:
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-_OPTIONS = ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches")
+def _load(source) -> PIL.Image.Image:
+    if isinstance(source, PIL.Image.Image):
+        source.load()
+        is_upright = source.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return source if is_upright else ImageOps.exif_transpose(source)
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    is_address = isinstance(source, str) and source.startswith(("http://", "https://", "data:"))
+    if is_address or (isinstance(source, str) and not os.path.exists(source) and re.fullmatch(r"[\w+/=\s]+", source)):
+        with urlopen(source if is_address else f"data:;base64,{source}", timeout=60) as response:
+            source = response.read()
+    with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return _load(image)
+
+
+def _from_array(pixels: np.ndarray) -> PIL.Image.Image:
+    """Takes truth as 0 and 255, floats as 8 bits, integers as 8 bits or, beyond 255, the upper 8 of 16."""
+    is_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4)
+    is_last = pixels.ndim == 3 and pixels.shape[2] in (1, 2, 3, 4)
+    if pixels.ndim != 2 and is_first == is_last:
+        raise ValueError(f"the image has shape {pixels.shape}: make a PIL image of it, whose channels are certain")
+    pixels = pixels.transpose(1, 2, 0) if is_first else pixels
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+    low, high, is_float = pixels.min(initial=0), pixels.max(initial=0), pixels.dtype.kind == "f"
+    if not 0 <= low <= high <= (255 if is_float else 65535) or (is_float and 0 < high <= 1):
+        raise ValueError(
+            f"the image holds {pixels.dtype} values from {low} to {high}: give `uint8` values from 0 to 255, or an "
+            "RGB array of floats from 0 to 1 with `do_rescale=False`"
+        )
+    is_deep = high > 255 or pixels.dtype in ("<u2", ">u2")
+    return PIL.Image.fromarray((pixels >> 8 if is_deep else pixels.round()).astype(np.uint8))
 
 
 def _without_none(item):
@@ -413,27 +458,20 @@ def _without_none(item):
     return {**item, "content": [{key: part[key] for key in part if part[key] is not None} for part in parts]}
 
 
-def _size(image) -> tuple[int, int]:
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    return get_image_size(image)
-
-
-def _to_rgb(image):
-    """Puts transparent images on white and scales deeper gray ones to 8 bits, which PIL would clip to white."""
-    if not isinstance(image, PIL.Image.Image):
-        return image
-    if image.mode == "F":
-        raise ValueError(
-            "`images` holds an image of PIL mode F (floating point), whose range is unknown: convert it to L."
-        )
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        deep = image.mode != "I" or pixels.max() > 255
-        return PIL.Image.fromarray((pixels >> 8 if deep else pixels).astype(np.uint8))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+def _read_images(images, rescales: bool, name: str = "images"):
+    """Reads images, however nested; arrays stay as they are where they are RGB of 8 bits, or not to be rescaled."""
+    is_array = isinstance(images, (np.ndarray, torch.Tensor))
+    if isinstance(images, (list, tuple)) or (is_array and images.ndim == 4):
+        return [_read_images(image, rescales, f"{name}[{i}]") for i, image in enumerate(images)]
+    if is_array and images.ndim == 3 and 0 not in images.shape:
+        channels = [side for side in (images.shape[0], images.shape[2]) if side in (1, 3, 4)]
+        if channels == [3] and images.dtype in (np.uint8, torch.uint8) or channels in ([1], [3]) and not rescales:
+            return images
+    try:
+        return read_image(images)
+    except (TypeError, ValueError) as error:
+        ways = "" if is_valid_image(images) else ": give a PIL image, array, file, URL or bytes; prompts are `text`"
+        raise ValueError(f"`{name}`={reprlib.repr(images)}: {error}{ways}.") from None
 
 
 TokenFlexProcessor.register_for_auto_class()

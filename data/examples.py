@@ -4,7 +4,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -84,7 +84,7 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
     ```
     """
     if isinstance(row, Example):
-        return row
+        return replace(row, images=_decode(row.images))
     if not isinstance(row, Mapping):
         raise BadRowError(f"it is a {type(row).__name__}, not a dict of columns")
     families = references = options = None
@@ -99,12 +99,15 @@ def to_example(row: "dict | Example", image_folder: str | Path | None = None) ->
     dialogs = [_place_images(dialog, len(images)) for dialog in dialogs]
     if any(_up_to_images(dialog) != _up_to_images(dialogs[0]) for dialog in dialogs):
         raise BadRowError("its questions place the images differently, so that they cannot share them")
-    images = _in_order(images, dialogs)
+    images = _decode(_in_order(images, dialogs), image_folder)
+    return Example(images, dialogs, families, references=references, options=options)
+
+
+def _decode(images: list, image_folder: str | Path | None = None) -> list[Image.Image]:
     try:
-        images = [decode_image(image, image_folder) for image in images]
+        return [decode_image(image, image_folder) for image in images]
     except ImageError as error:
         raise BadRowError(str(error)) from None
-    return Example(images, dialogs, families, references=references, options=options)
 
 
 def unused_columns(row: "dict | Example") -> list[str]:

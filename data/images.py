@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from transformers.image_utils import is_valid_image
+
+from ..processing_tokenflex import read_image
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # allowed from strangers; PIL reads many more
@@ -24,13 +27,16 @@ class ImageError(ValueError):
 
 def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
     """
-    Opens, fully decodes and turns upright an image given as PIL image, bytes, path or the `{"bytes", "path"}` of
-    `datasets`.
+    Reads an image as [`read_image`] does, but nothing from the network.
 
     Args:
-        value (`PIL.Image.Image`, `bytes`, `str`, `Path` or `dict`): The image, its encoded bytes or its file.
+        value (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `bytes`, `str`, `Path` or `dict`):
+            The image, its pixels, its encoded bytes or file, or the `{"bytes", "path"}` of `datasets`.
         image_folder (`str` or `Path`, *optional*):
             Folder in which relative paths start. Defaults to the working directory.
+
+    Returns:
+        `PIL.Image.Image`: Upright, RGB of 8 bits.
 
     Raises:
         ImageError: If it is missing, on the network, or not a readable image.
@@ -42,24 +48,14 @@ def decode_image(value, image_folder: str | Path | None = None) -> Image.Image:
             f"the image is the address {reprlib.repr(value)}: images are not fetched from the network, so download it "
             "first and give its path"
         )
+    if isinstance(value, (str, Path)):
+        value = Path(image_folder or "") / value
+    elif not isinstance(value, bytes) and not is_valid_image(value):
+        raise ImageError(f"the image is {type(value).__name__}, not an image, bytes or a path")
     try:
-        if isinstance(value, (str, Path)):
-            value = Image.open(Path(image_folder or "") / value)
-        elif isinstance(value, bytes):
-            value = Image.open(io.BytesIO(value))
-        if not isinstance(value, Image.Image):
-            raise ImageError(f"the image is {type(value).__name__}, not an image, bytes or a path")
-        value = ImageOps.exif_transpose(value)
-        value.load()
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
-    if value.mode == "F":
-        raise ImageError("the image has PIL mode F (floating point), whose range is unknown")
-    if 0 in value.size:
-        raise ImageError(f"the image has no pixels ({value.width} x {value.height})")
-    return value
+        return read_image(value)
+    except (TypeError, ValueError) as error:
+        raise ImageError(str(error)) from None
 
 
 def decode_upload(content: bytes, max_megapixels: float, taken: float = 0) -> Image.Image:

@@ -4,16 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
-from transformers.image_utils import (
-    ChannelDimension,
-    infer_channel_dimension_format,
-    load_image,
-    to_numpy_array,
-)
 from transformers.utils import is_av_available, is_cv2_available, is_decord_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
+
+from ..processing_tokenflex import read_image
 
 
 def expand_videos(
@@ -102,18 +97,26 @@ def sample_frames(
         video_fps (`float`, *optional*): The rate of a video that is given as frames.
 
     Returns:
-        `list[PIL.Image.Image]`: The frames.
+        `list[PIL.Image.Image]`: The frames, as [`read_image`] makes them.
 
     Raises:
         ValueError:
-            If both `num_frames` and `fps` are given, more frames are asked for than there are, or it is no video.
+            If both `num_frames` and `fps` are given, more frames are asked for than there are, it is no video, or a
+            frame is no image.
         ImportError: If a video file is given and no decoder is installed.
     """
     if num_frames is not None and fps is not None:
         raise ValueError(f"`num_frames`={num_frames} and `fps`={fps} exclude each other: give one of them.")
     if isinstance(video, (str, Path)):
-        frames, _ = load_video(str(video), num_frames=num_frames, fps=fps, backend=_decoder(video))
-        return [_to_image(frame) for frame in frames]
+        backend = _decoder(video)
+        try:
+            video, _ = load_video(str(video), num_frames=num_frames, fps=fps, backend=backend)
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            raise ValueError(
+                f"The video {str(video)!r} cannot be read ({type(error).__name__}: {error}): if its container does "
+                "not say how many frames it has, as Matroska and WebM may not, give them as a list of images."
+            ) from None
+        return _read_frames(video, range(len(video)))
     if not isinstance(video, (list, tuple)) and getattr(video, "ndim", None) != 4:
         shape = f" of shape {tuple(video.shape)}" if getattr(video, "shape", None) is not None else ""
         raise ValueError(
@@ -126,7 +129,17 @@ def sample_frames(
         raise ValueError(f"`num_frames`={num_frames}: the video has {len(video)} frames, so give 1 to {len(video)}.")
     metadata = VideoMetadata(total_num_frames=len(video), fps=video_fps)
     indices = default_sample_indices_fn(metadata, num_frames=num_frames, fps=fps).tolist()
-    return [_to_image(video[index]) for index in indices]
+    return _read_frames(video, indices)
+
+
+def _read_frames(video, indices: Sequence[int]) -> list[PIL.Image.Image]:
+    frames = []
+    for index in indices:
+        try:
+            frames.append(read_image(video[index]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Frame {index} of a video: {error}.") from None
+    return frames
 
 
 def _decoder(video: str | Path) -> str:
@@ -143,16 +156,3 @@ def _decoder(video: str | Path) -> str:
         f"The video {str(video)!r} is a file and no video decoder is installed: install one (`pip install av`), or "
         "pass the frames as a list of images or an array."
     )
-
-
-def _to_image(frame) -> PIL.Image.Image:
-    if isinstance(frame, PIL.Image.Image):
-        return frame
-    if isinstance(frame, (str, Path)):
-        return load_image(str(frame))
-    pixels = to_numpy_array(frame)
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"A video holds frames of type {pixels.dtype}: give uint8 values from 0 to 255.")
-    if pixels.ndim == 3 and infer_channel_dimension_format(pixels) == ChannelDimension.FIRST:
-        pixels = pixels.transpose(1, 2, 0)
-    return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)

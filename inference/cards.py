@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from ..processing_tokenflex import read_image
 from .comparison import Answer
 
 
@@ -66,7 +67,7 @@ def draw_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
     (360, 90)
     ```
     """
-    shown = image.convert("RGB")
+    shown = read_image(image).copy()
     if max(shown.size) > SHOWN_SIDE:
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     else:

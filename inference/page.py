@@ -24,6 +24,7 @@ from ..checkpoints.adapters import load_processor
 from ..configuration_tokenflex import resolve_vision_token_grid
 from ..data.images import FORMATS, ImageError, decode_upload
 from ..data.synthetic import COLORS, draw_scene
+from ..processing_tokenflex import read_image
 from .cards import EMPTY, HEAD, STYLE, render_answers, render_card
 from .comparison import answer_at, ask, choose_count
 
@@ -180,9 +181,8 @@ def build_page(model, processor, examples: Sequence[tuple] | None = None) -> gr.
             with gr.Column(scale=5, min_width=480):
                 answers = gr.HTML(EMPTY, elem_id="answers")
         if examples:
-            gr.Examples(
-                [list(example) for example in examples], [image, question], elem_id="examples", examples_per_page=12
-            )
+            shown = [[read_image(kept) if isinstance(kept, Image.Image) else kept, asked] for kept, asked in examples]
+            gr.Examples(shown, [image, question], elem_id="examples", examples_per_page=12)
         side.change(name_count, side, side, **quietly)
         # The file comes as it is: decoding it is `read_upload`'s, whose messages say what is wrong.
         gr.on(

@@ -109,9 +109,61 @@ def test_a_count_is_checked_even_without_images(tiny):
         tiny[1](text="none", num_vision_tokens=5)
 
 
-def test_floating_point_images_are_refused(tiny):
-    with pytest.raises(ValueError, match="PIL mode F"):
-        tiny[1](images=Image.new("F", (8, 8), 0.5), text=TEXT)
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "=None: the image cannot be decoded.*give a PIL image, array, file, URL or bytes"),
+        (3, "=3: the image cannot be decoded.*give a PIL image"),
+        ("missing.png", "='missing.png': the image cannot be decoded .*No such file"),
+        ("what color is it?", "='what color is it\\?': .*prompts are `text`"),
+        ("bm8gaW1hZ2U=", "cannot be decoded"),
+        (b"no image", "=b'no image': the image cannot be decoded"),
+        ({"bytes": None, "path": None}, "cannot be decoded"),
+        (Image.new("RGB", (0, 4)), r"has no pixels \(0 x 4\)"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), r"has no pixels \(4 x 0\)"),
+        (PIXELS / 255, "holds float64 values from 0.0 to 1.0: give `uint8` values .*`do_rescale=False`"),
+        (torch.from_numpy(PIXELS / 255).permute(2, 0, 1), "holds float64 values from 0.0 to 1.0"),
+        (PIXELS / 127.5 - 1, "holds float64 values from -1.0 to 1.0"),
+        (PIXELS * np.float32("nan"), "holds float32 values from nan to nan"),
+        (PIXELS.astype(np.int64) * 1000, "holds int64 values"),
+        (Image.new("F", (8, 8), 0.5), "holds float32 values from 0.0 to 0.5"),
+        (PIXELS[:3, :, :], r"has shape \(3, 30, 3\): make a PIL image"),
+        (PIXELS.repeat(2, axis=-1), r"has shape \(20, 30, 6\): make a PIL image"),
+        (PIXELS[0, :, 0], r"has shape \(30,\): make a PIL image"),
+        (PIXELS[None, None], r"has shape \(1, 1, 20, 30, 3\): make a PIL image"),
+        (torch.zeros(3, 8, 8, dtype=torch.bfloat16), "BFloat16"),
+        ("/", "='/': the image cannot be decoded .*Is a directory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_named_with_its_place(tiny, image, message):
+    text = [TEXT, TEXT + TEXT]
+    for images, place in [([IMAGE, IMAGE, image], "2"), ([[IMAGE], [IMAGE, image]], r"1\]\[1")]:
+        with pytest.raises(ValueError, match=f"(?s)`images\\[{place}\\]`.*{message}"):
+            tiny[1](images=images, text=text)
+
+
+@pytest.mark.parametrize("text", [IMAGE, [IMAGE], PIXELS, 7])
+def test_images_in_the_place_of_text_are_refused(tiny, text):
+    with pytest.raises(ValueError, match="`text`=.*: give a string or a list of strings, behind the images"):
+        tiny[1](TEXT, text)
+
+
+def test_floats_with_alpha_are_refused_even_where_nothing_is_to_be_rescaled(tiny):
+    with pytest.raises(ValueError, match="`images`=.*or an RGB array of floats from 0 to 1 with `do_rescale=False`"):
+        tiny[1](images=np.full((8, 9, 4), 0.5), text=TEXT, do_rescale=False)
+
+
+def test_floats_up_to_one_are_taken_where_nothing_is_to_be_rescaled(tiny):
+    options = {"text": TEXT, "return_tensors": "pt"}
+    expected = tiny[1](images=PIXELS, **options)["pixel_values"]
+    for floats in (PIXELS / 255, torch.from_numpy(PIXELS / 255).permute(2, 0, 1)):
+        for rescale in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+            got = tiny[1](images=floats, **rescale, **options)["pixel_values"]
+            torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0)
 
 
 ODD_IMAGES = {

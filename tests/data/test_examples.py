@@ -224,7 +224,7 @@ def test_families_go_with_their_questions():
     [
         ({}, "question is None"),
         ({"image": IMAGE}, "question is None"),
-        ({"image": Image.new("F", (4, 4)), "question": QUESTION, "answer": ANSWER}, "mode F"),
+        ({"image": Image.new("F", (4, 4), 0.5), "question": QUESTION, "answer": ANSWER}, "holds float32 values"),
         ({"question": f"<image>{QUESTION}", "answer": ANSWER}, "its text places 1 images, but it has 0"),
         ({"images": [], "messages": [user({"type": "image"}), TURNS[1]]}, "its text places 1 images, but it has 0"),
         ({"picture": IMAGE, "question": QUESTION, "answer": ANSWER}, "column 'picture'.*rename it to `image`"),

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tokenflex.data.synthetic import draw_scene
 from tokenflex.data.videos import expand_videos
@@ -114,7 +113,11 @@ def test_frames_are_sampled_evenly(part, options, expected):
         (FRAMES, {"num_frames": 9}, "`num_frames`=9: the video has 4 frames, so give 1 to 4"),
         (FRAMES, {"num_frames": 2, "fps": 1}, "exclude each other"),
         ([], {}, "no frames"),
-        (ARRAY / 255, {}, "frames of type float64"),
+        (np.empty((0, 8, 8, 3)), {}, "no frames"),
+        (ARRAY / 255, {}, "Frame 0 of a video: the image holds float64 values"),
+        (ARRAY[:, :0], {}, r"Frame 0 of a video: the image has no pixels \(64 x 0\)"),
+        ([IMAGES[0], None], {}, "Frame 1 of a video: the image cannot be decoded"),
+        ([IMAGES[0], "missing.png"], {}, "Frame 1 of a video: .*No such file"),
         (ARRAY[0], {}, r"ndarray of shape \(64, 64, 3\): give a list of images"),
         (7, {}, "A video is a int"),
     ],
@@ -153,4 +156,18 @@ def test_a_file_needs_a_decoder(monkeypatch):
 
 def test_gray_frames_are_images_too():
     messages, _ = expand_videos(ask(film(ARRAY[..., :1])))
-    assert all(isinstance(frame, Image.Image) and frame.mode == "L" for frame in frames_of(messages))
+    assert (pixels(frames_of(messages)) == ARRAY[..., :1]).all()
+
+
+def test_a_file_that_names_no_frames_is_refused(tmp_path):
+    av = pytest.importorskip("av")
+    file = str(tmp_path / "clip.mkv")
+    with av.open(file, "w") as container:
+        stream = container.add_stream("ffv1", rate=4)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "bgr0"
+        container.mux(stream.encode(av.VideoFrame.from_image(FRAMES[0])))
+        container.mux(stream.encode())
+    for video in (file, str(tmp_path / "missing.mp4")):
+        with pytest.raises(ValueError, match=f"The video '{video}' cannot be read .* give them as a list of images"):
+            expand_videos(ask(film(video)))

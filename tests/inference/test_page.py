@@ -5,7 +5,7 @@ import shutil
 from urllib.parse import urlsplit
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra `page`")
@@ -65,6 +65,19 @@ def test_no_image_is_refused():
 def test_images_of_every_mode_are_read(uploads, mode):
     Image.new(mode, (40, 30)).save(uploads / "image.tiff")
     assert page.read_upload({"path": str(uploads / "image.tiff")}).size == (40, 30)
+
+
+def test_examples_are_offered_as_the_model_sees_them(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    upright = Image.effect_noise((40, 30), 60).convert("RGB")
+    stored, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as photo:
+        built = page.build_page(*tiny, examples=[(photo, "what?"), (upright, "what?"), (photo.convert("CMYK"), "?")])
+    [dataset] = [block for block in built.blocks.values() if isinstance(block, gr.Dataset)]
+    first, second, third = (page.read_upload(file) for file, _ in dataset.samples)
+    assert first.tobytes() == second.tobytes() == upright.tobytes() and third.size == (40, 30)
 
 
 def test_counts_stand_side_by_side_once_each():
