@@ -34,9 +34,7 @@ def resolve_named_count(num_vision_tokens, choices: Sequence[int]):
 
 
 def resolve_vision_token_grid(
-    num_vision_tokens: int | tuple[int, int],
-    patch_grid: tuple[int, int],
-    name: str = "num_vision_tokens",
+    num_vision_tokens: int | tuple[int, int], patch_grid: tuple[int, int], name: str = "num_vision_tokens"
 ) -> tuple[int, int]:
     """
     Maps a vision-token count to the grid that the patch grid is pooled to. Nothing is rounded: a count that the rule
@@ -101,10 +99,7 @@ def resolve_vision_token_grid(
 
 
 def match_vision_token_grid(
-    num_vision_tokens: int,
-    image_size: tuple[int, int],
-    patch_grid: tuple[int, int],
-    name: str = "num_vision_tokens",
+    num_vision_tokens: int, image_size: tuple[int, int], patch_grid: tuple[int, int], name: str = "num_vision_tokens"
 ) -> tuple[int, int]:
     """
     The grid of at most `num_vision_tokens` tokens that is nearest to an image's shape. Near is measured against the
@@ -334,7 +329,7 @@ class TokenFlexConfig(PreTrainedConfig):
     """
 
     model_type = "tokenflex"
-    keys_to_ignore_at_inference = ["past_key_values", "image_outputs"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None

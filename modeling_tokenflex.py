@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +55,8 @@ class TokenFlexCausalLMOutputWithPast(CausalLMOutputWithPast):
 def _spare_vision(quantization_config):
     quantization_config = copy.deepcopy(quantization_config)
     values = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
-    name = "llm_int8_skip_modules" if values.get("quant_method") == "bitsandbytes" else "modules_to_not_convert"
+    is_bnb = values.get("quant_method") == "bitsandbytes" or values.get("load_in_4bit") or values.get("load_in_8bit")
+    name = "llm_int8_skip_modules" if is_bnb else "modules_to_not_convert"
     if values.get(name) is None:
         values[name] = [r"(.*\.)?vision_tower", r"(.*\.)?multi_modal_projector", "lm_head"]
     return quantization_config
@@ -189,16 +189,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
         return image_outputs
 
-    def pool_image_features(
-        self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]]
-    ) -> TokenFlexImageOutput:
+    def pool_image_features(self, patch_features: torch.Tensor, grids: list[tuple[int, int]]) -> TokenFlexImageOutput:
         """
         Pools patch features kept from [`~TokenFlexModel.get_image_features`] to other counts, without the tower.
 
         Args:
             patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
                 `last_hidden_state` of the kept output.
-            grids (sequence of `tuple[int, int]`):
+            grids (`list[tuple[int, int]]`):
                 (rows, columns) for each image.
 
         Returns:
@@ -228,9 +226,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         # A count given as an integer keeps traced graphs free of reading one off a tensor.
         if asked is not None and (vision_token_grids is None or is_compiling()):
             return asked
-        grids = encoded_grids(
-            {"vision_token_grids": vision_token_grids, "pixel_values": range(num_images)}, self.config
-        )
+        given = {"vision_token_grids": vision_token_grids, "pixel_values": range(num_images)}
+        grids = encoded_grids(given, self.config)
         if asked is not None and asked != grids:
             raise ValueError(
                 f"`num_vision_tokens`={num_vision_tokens} is not what the inputs were encoded with "
@@ -384,14 +381,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             attention_mask, position_ids = pack_attention(
                 self.language_model.config, inputs_embeds, attention_mask, segment_ids, sample_ids
             )
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.language_model(**inputs, return_dict=True, **kwargs)
         return TokenFlexModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 

@@ -79,9 +79,9 @@ def create_packed_masks(
     one for each type of layer. Arguments as in [`pack_attention`].
     """
     may_see = packed_mask_function(segment_ids, sample_ids)
-    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    inputs = (config, inputs_embeds, attention_mask, None)  # the last is a cache
     if config._attn_implementation == "flex_attention":
-        return create_masks_for_generate(past_key_values=None, and_mask_function=may_see, **arguments)
+        return create_masks_for_generate(*inputs, and_mask_function=may_see)
     # Dense masks are intersected here: handed over as above, the function would be mapped over every position.
     index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
     rows = torch.arange(inputs_embeds.shape[0], device=inputs_embeds.device)
@@ -92,7 +92,7 @@ def create_packed_masks(
             return seen & (index <= index[:, None])
         return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
-    masks = create_masks_for_generate(past_key_values=None, **arguments)
+    masks = create_masks_for_generate(*inputs)
     return {name: intersect(mask) for name, mask in masks.items()} if isinstance(masks, dict) else intersect(masks)
 
 

@@ -20,10 +20,7 @@ SEQUENCE_FILL_VALUES = {
 
 
 def at_count(
-    inputs: Mapping,
-    num_vision_tokens: int | tuple[int, int] | list | None,
-    config,
-    pad_token_id: int | None = None,
+    inputs: Mapping, num_vision_tokens: int | tuple[int, int] | list | None, config, pad_token_id: int | None = None
 ) -> dict:
     """
     Takes encoded inputs to other vision-token counts, as if they had been encoded so in the first place: each image's
@@ -159,11 +156,7 @@ def first_placeholders(
 
 
 def rewrite_runs(
-    inputs: dict,
-    first: torch.LongTensor,
-    grids: Sequence[tuple[int, int]],
-    image_token_id: int,
-    pad_token_id: int | None,
+    inputs: dict, first: torch.LongTensor, grids: list[tuple[int, int]], image_token_id: int, pad_token_id: int | None
 ) -> dict:
     """Gives the run that begins at each `first` position the length of its new grid."""
     input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")

@@ -17,13 +17,7 @@ import transformers
 from PIL import ExifTags, ImageOps
 from transformers import GotOcr2ImageProcessorPil
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import (
-    ImageInput,
-    get_image_size,
-    is_valid_image,
-    make_flat_list_of_images,
-    to_numpy_array,
-)
+from transformers.image_utils import get_image_size, is_valid_image, make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from .configuration_tokenflex import resolve_vision_token_grids
@@ -46,8 +40,10 @@ CONTENT_TEMPLATE = """
 {%- set content.text = content.text + 'IMAGE' -%}
 {%- elif part.type == 'video' or part.video | default(none) is not none -%}
 {{ raise_exception('VIDEO') }}
-{%- elif part.text -%}
-{%- set content.text = content.text + part.text -%}
+{%- elif part.type == 'text' or part.text is defined -%}
+{%- set content.text = content.text + (part.text or '') -%}
+{%- else -%}
+{{ raise_exception('A part of a message is a text with its `text`, or an image; this is ' ~ part) }}
 {%- endif -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
@@ -92,7 +88,8 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
 
 
 class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {}  # read by transformers 5.18 to 5.20
+    # Special tokens are the chat template's to write: whoever reads a prompt reads the same. (Read by 5.18 to 5.20.)
+    _defaults = {"text_kwargs": {"padding_side": "left", "add_special_tokens": False}}
 
     images_kwargs: TokenFlexImagesKwargs
 
@@ -146,7 +143,7 @@ class TokenFlexProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = TokenFlexProcessorKwargs
-    text_kwargs = {"padding_side": "left"}
+    text_kwargs = TokenFlexProcessorKwargs._defaults["text_kwargs"]
 
     def __init__(
         self,
@@ -180,7 +177,8 @@ class TokenFlexProcessor(ProcessorMixin):
             own = tokenizer.chat_template
             own = own.get("default") if isinstance(own, dict) else own
             to_text = CONTENT_TEMPLATE.replace("IMAGE", self.image_placeholder).replace("VIDEO", NO_VIDEOS)
-            chat_template = own if own and self.image_token in own else to_text + (own or CHATML_TEMPLATE)
+            begins = "{{ bos_token }}" if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+            chat_template = own if own and self.image_token in own else to_text + (own or begins + CHATML_TEMPLATE)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         tokenizer.padding_side = "left"
         self.auto_map = {"AutoProcessor": "processing_tokenflex.TokenFlexProcessor"}  # as saving would set it
@@ -205,8 +203,7 @@ class TokenFlexProcessor(ProcessorMixin):
     def tiler(self) -> GotOcr2ImageProcessorPil:
         """GOT-OCR2's image processor with this image processor's size and statistics, which cuts images into tiles."""
         own = self.image_processor
-        is_pil = type(own).__name__.endswith("Pil")
-        kind = GotOcr2ImageProcessorPil if is_pil else transformers.GotOcr2ImageProcessor
+        kind = GotOcr2ImageProcessorPil if type(own).__name__.endswith("Pil") else transformers.GotOcr2ImageProcessor
         names = ("size", "resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
         return kind(**{name: getattr(own, name) for name in names})
 
@@ -353,7 +350,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _process_images(self, images: ImageInput, **kwargs):
+    def _process_images(self, images, **kwargs):
         images = make_flat_list_of_images(images)
         options = {name: kwargs.pop(name, None) for name in _OPTIONS}
         crops = self._crops(options["crop_to_patches"], len(images))
@@ -455,7 +452,8 @@ def _without_none(item):
     parts = item.get("content") if isinstance(item, dict) else None
     if not isinstance(parts, (list, tuple)):
         return item
-    return {**item, "content": [{key: part[key] for key in part if part[key] is not None} for part in parts]}
+    said = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in parts]
+    return {**item, "content": said}
 
 
 def _read_images(images, rescales: bool, name: str = "images"):

@@ -1,6 +1,7 @@
 """One row as the tokens that are trained on, or the reason why not: what checks rows is what collates them."""
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,8 +144,9 @@ def split_answers(dialog: list[dict], processor) -> Iterator[tuple[str, bool]]:
         answer = text[len(prompt) :].rstrip()  # templates put a line break behind the end token
         if not (text.startswith(prompt) and prompt.startswith(done) and answer):
             raise BadRowError(
-                "the chat template writes its earlier turns anew when later ones follow, so that answers cannot be "
-                "told from questions: give each answer a row of its own"
+                "what the chat template makes of it does not begin with the prompt that it makes of the turns before "
+                f"an answer, ...{prompt[-40:]!r}, so that the answer cannot be told: give each answer a row of its "
+                "own, or the processor a template that writes turns alike whatever follows"
             )
         yield prompt[len(done) :], False
         yield answer, True
@@ -152,10 +154,15 @@ def split_answers(dialog: list[dict], processor) -> Iterator[tuple[str, bool]]:
 
 
 def _encode_dialog(dialog: list[dict], processor) -> tuple[list[int], list[int]]:
-    pieces = [(text, is_answer) for text, is_answer in split_answers(dialog, processor) if text]
-    encoded = processor.tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
+    texts, are_answers = zip(*split_answers(dialog, processor))
+    # As prompts are encoded when answers are generated: from their beginning, not turn by turn.
+    wholes = [[], *processor.tokenizer(list(accumulate(texts)), add_special_tokens=False)["input_ids"]]
+    if all(later[: len(earlier)] == earlier for earlier, later in pairwise(wholes)):
+        encoded = [later[len(earlier) :] for earlier, later in pairwise(wholes)]
+    else:  # a token would reach from a prompt into its answer, which is generated from a token of its own
+        encoded = processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids, labels = [], []
-    for tokens, (_, is_answer) in zip(encoded, pieces):
+    for tokens, is_answer in zip(encoded, are_answers):
         ids.extend(tokens)
         labels.extend(tokens if is_answer else [-100] * len(tokens))
     if all(label == -100 for label in labels):

@@ -8,6 +8,7 @@ import re
 import reprlib
 import time
 from pathlib import Path
+from urllib.parse import unquote
 from urllib.request import urlopen
 
 from PIL import Image, UnidentifiedImageError
@@ -104,7 +105,7 @@ def fetch(url: str) -> bytes:
     shown = repr(url if len(url) <= 40 else f"{url[:40]}...")
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
-        text = "".join(url.partition(",")[2].split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+        text = "".join(unquote(url.partition(",")[2]).split()).rstrip("=").translate(str.maketrans("-_", "+/"))
         try:
             return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except (binascii.Error, ValueError) as error:

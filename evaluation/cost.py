@@ -11,6 +11,17 @@ import torch
 import transformers
 
 
+# One answer by the likeliest tokens, whatever a checkpoint's own generation config asks for.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
 def describe_machine(model, processor) -> dict[str, str | int]:
     """
     Describes what scores and costs were measured with: `device`, `threads`, `torch`, `transformers` and
@@ -67,7 +78,6 @@ def measure_cost(
             images=list(images),
             text=[prompt] * len(images),
             num_vision_tokens=None if isinstance(count, str) else count,
-            add_special_tokens=False,
             padding=True,
             return_tensors="pt",
         ).to(model.device)
@@ -78,7 +88,7 @@ def measure_cost(
         """The seconds that an answer of exactly `length` tokens takes."""
         synchronize(model.device)
         start = time.perf_counter()
-        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        options = {"max_new_tokens": length, "min_new_tokens": length, **GREEDY}
         model.generate(**batches[count], num_vision_tokens=count, **options)
         synchronize(model.device)
         return time.perf_counter() - start

@@ -68,6 +68,9 @@ def evaluate(
     get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
     counts = list(counts or [*model.config.vision_token_choices, *["auto"] * can_choose])
+    for i, count in enumerate(counts):
+        if isinstance(count, (tuple, list)):
+            raise ValueError(f"`counts[{i}]`={count!r}: scores are told apart by the count n*n, so give that.")
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
     options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)

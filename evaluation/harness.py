@@ -14,9 +14,7 @@ from ..data.images import decode_image, fetch, is_address
 from ..data.videos import expand_videos
 from ..inference.counts import parse_num_vision_tokens
 from .answers import mask_answers
-
-
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+from .cost import GREEDY
 
 
 @dataclass

@@ -11,6 +11,7 @@ from ..data.examples import Example, to_example
 from ..data.placing import place_images
 from .answers import normalize
 from .choices import find_choice
+from .cost import GREEDY
 from .metrics import get_metric, multiple_choice
 from .options import rate_option
 
@@ -196,7 +197,7 @@ def answer_questions(
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
     """
     for count in counts:
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        options = {**GREEDY, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
         output = model.generate(**inputs, num_vision_tokens=count, **options)
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         for target, answer in zip(targets, processor.tokenizer.batch_decode(answers, skip_special_tokens=True)):

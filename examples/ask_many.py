@@ -33,9 +33,9 @@ def ask(model, processor, image, questions: list[str], counts: list[int], max_ne
         for question in questions
     ]
     prompts = processor.apply_chat_template(dialogs, add_generation_prompt=True)
-    inputs = processor(
-        images=[image] * len(questions), text=prompts, padding=True, add_special_tokens=False, return_tensors="pt"
-    ).to(model.device)
+    inputs = processor(images=[image] * len(questions), text=prompts, padding=True, return_tensors="pt").to(
+        model.device
+    )
 
     pixel_values = inputs.pop("pixel_values")  # the same for every question; several rows where it is cut into tiles
     kept = model.get_image_features(pixel_values[: len(pixel_values) // len(questions)], num_vision_tokens=1)

@@ -45,7 +45,7 @@ def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens
     refuse_control_tokens("question", question, processor.tokenizer)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
     options = {"num_vision_tokens": num_vision_tokens, "max_new_tokens": max_new_tokens}
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     chosen = output.get("num_vision_tokens")

@@ -90,7 +90,7 @@ def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
     refuse_control_tokens("question", question, processor.tokenizer)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    options = {"crop_to_patches": False, "add_special_tokens": False, "return_tensors": "pt"}
+    options = {"crop_to_patches": False, "return_tensors": "pt"}
     inputs = dict(processor(images=image, text=prompt, **options).to(model.device))
     start = time.perf_counter()
     features = model.get_image_features(inputs.pop("pixel_values"), 1, return_dict=True)
@@ -118,7 +118,7 @@ def answer_at(model, processor, asked: AskedQuestion, num_vision_tokens: int, ma
         ValueError: If the count is not allowed.
     """
     [grid] = at_count(asked.inputs, num_vision_tokens, model.config)["vision_token_grids"].tolist()
-    options = {"num_vision_tokens": num_vision_tokens, "do_sample": False, "num_beams": 1}
+    options = {"num_vision_tokens": num_vision_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     milliseconds = []
     for length in (1, 1, max_new_tokens):
         clock = _FirstTokenClock()

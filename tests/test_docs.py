@@ -41,6 +41,7 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
         # A closing fence directly behind the output would be taken for output.
         for part in example.examples:
             part.want = part.want.replace("```\n", "")
+            part.exc_msg = part.exc_msg and part.exc_msg.replace("```\n", "")
         runner.run(example)
     assert runner.failures == 0
 

@@ -10,10 +10,12 @@ import transformers
 from helpers import compiles_checks
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForImageTextToText, GenerationConfig, TorchAoConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, TorchAoConfig
 from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_multimodal
+from transformers.quantizers import AutoQuantizationConfig
 
+from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
 from tokenflex.towers.tiny import tiny_model_and_processor
@@ -206,3 +208,25 @@ def test_what_is_quantized_can_be_said(checkpoint):
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
     loaded = AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=config)
     assert type(loaded.model.multi_modal_projector.connector.up.weight.data) is not torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ({"load_in_4bit": True}, "llm_int8_skip_modules"),
+        ({"load_in_8bit": True}, "llm_int8_skip_modules"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "llm_int8_skip_modules"),
+        ({"quant_method": "quanto", "weights": "int8"}, "modules_to_not_convert"),
+        ({"quant_method": "eetq", "weights": "int8"}, "modules_to_not_convert"),
+    ],
+    ids=str,
+)
+def test_quantization_that_a_dict_asks_for_spares_them_too(checkpoint, monkeypatch, config, name):
+    taken = {}
+    monkeypatch.setattr(
+        PreTrainedModel, "from_pretrained", classmethod(lambda cls, path, **kwargs: taken.update(kwargs))
+    )
+    TokenFlexForConditionalGeneration.from_pretrained(checkpoint, quantization_config=config)
+    read = AutoQuantizationConfig.from_dict(taken["quantization_config"])
+    assert any("vision_tower" in pattern for pattern in getattr(read, name))
+    assert name not in config

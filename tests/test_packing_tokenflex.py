@@ -58,9 +58,8 @@ def test_masks_are_those_of_the_function_mapped_over_every_position(row, impleme
         attn_implementation=implementation,
     )
     inputs = {"inputs_embeds": torch.zeros(*segments.shape, 1), "attention_mask": segments >= 0}
-    mapped = create_masks_for_generate(
-        config, past_key_values=None, and_mask_function=packed_mask_function(segments, samples), **inputs
-    )
+    inputs_and_cache = (config, *inputs.values(), None)
+    mapped = create_masks_for_generate(*inputs_and_cache, and_mask_function=packed_mask_function(segments, samples))
     masks = create_packed_masks(config, **inputs, segment_ids=segments, sample_ids=samples)
     for name in ("full_attention", "sliding_attention"):
         torch.testing.assert_close(masks[name], mapped[name], rtol=0, atol=0)

@@ -7,11 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from PIL import Image
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from tokenflex import TokenFlexProcessor
+from tokenflex import TokenFlexProcessor, at_count
+from tokenflex.evaluation.sweep import encode_questions
+from tokenflex.processing_tokenflex import CHATML_TEMPLATE
+from tokenflex.towers.tiny import tiny_model_and_processor
+from tokenflex.training import TokenFlexDataCollator
 
 
 IMAGE = Image.new("RGB", (80, 50), (200, 30, 30))
@@ -499,3 +505,44 @@ def test_parts_that_tables_have_filled_with_none_are_as_they_were(tiny, tmp_path
     batched = processor.apply_chat_template([[{"role": "user", "content": filled}]] * 2)
     assert batched == [processor.apply_chat_template([{"role": "user", "content": parts}])] * 2
     assert all(part.keys() == empty.keys() | {"type"} for part in filled), "the caller's parts are left as they were"
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_every_reader_of_a_row_begins_it_alike(writes):
+    """With tokenizers that put a token before each text, as Llama's do, whether or not the template writes it."""
+    model, processor = tiny_model_and_processor(width=32)
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    if not writes:
+        tokenizer.chat_template = CHATML_TEMPLATE
+    processor = TokenFlexProcessor(processor.image_processor, tokenizer, 4, 8)
+    model.resize_token_embeddings(len(tokenizer))
+    row = {"image": IMAGE, "question": "which color?", "answer": "red"}
+    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "which color?"}]
+    messages, options = [{"role": "user", "content": content}], {"add_generation_prompt": True}
+    prompt = processor.apply_chat_template(messages, **options)
+    batch = TokenFlexDataCollator(processor, [4], [1.0])([row])
+    (_, asked), *_ = encode_questions(model, processor, [row], show_progress=False)
+    asked = at_count(asked, 4, model.config)
+    tokenized = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    read = [
+        batch["input_ids"][batch["labels"] == -100].tolist(),
+        asked["input_ids"][0].tolist(),
+        tokenized["input_ids"][0],
+        processor(images=IMAGE, text=prompt)["input_ids"][0],
+    ]
+    assert read == [read[0]] * 4
+    assert read[0].count(tokenizer.bos_token_id) == writes
+
+
+@pytest.mark.parametrize(
+    "part", ["Describe it.", {"type": "audio", "path": "a.wav"}, {"type": "file", "file": {"file_id": "x"}}], ids=str
+)
+def test_parts_that_are_neither_text_nor_image_are_refused(tiny, part):
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "what is it?"}]}]
+    with pytest.raises(TemplateError, match="a text with its `text`, or an image; this is .*(Describe|audio|file_id)"):
+        tiny[1].apply_chat_template(messages)

@@ -122,9 +122,14 @@ class TokenFlexTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
+        watches = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        compares = watches or self.load_best_model_at_end or self.save_strategy == "best"
+        if compares and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
         super().__post_init__()
+        if watches:  # torch's default is to take less for better
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
         own_rates = self.vision_tower_learning_rate is not None or self.projector_learning_rate is not None
         if self.muon and own_rates:
             raise ValueError("`muon`=True has one learning rate: leave the parts' own learning rates out, or Muon.")

@@ -43,6 +43,7 @@ class VisionTokenCallback(TrainerCallback):
 
     def __init__(self, collator):
         self.collator = collator
+        self._asked = (collator.vision_token_choices, collator.vision_token_weights, collator.seed)
         self.args = None
         self.step = 0
         self.micro_step = 0
@@ -81,13 +82,16 @@ class VisionTokenCallback(TrainerCallback):
                 "prompts. Start one process for each GPU, with `accelerate launch` or `torchrun --nproc_per_node "
                 f"{args.n_gpu}`, or let this one see a single GPU: `CUDA_VISIBLE_DEVICES=0`."
             )
-        collator = self.collator
-        if collator.vision_token_choices is None:
-            collator.vision_token_choices = list(model.config.vision_token_choices)
-            collator.vision_token_weights = list(model.config.vision_token_weights)
+        self._adopt(args, model)
+
+    def _adopt(self, args, model):
+        """Takes from a Trainer what the collator was not told; of several Trainers the one that trains next."""
+        choices, weights, seed = self._asked
+        collator, config = self.collator, model.config
+        collator.vision_token_choices = list(config.vision_token_choices if choices is None else choices)
+        collator.vision_token_weights = list(config.vision_token_weights if weights is None else weights)
+        collator.seed = args.seed if seed is None else seed
         collator.check_distillation()
-        if collator.seed is None:
-            collator.seed = args.seed
         self.args = args
 
     def refuse_removed_columns(self, rows: Sequence) -> None:
@@ -110,6 +114,7 @@ class VisionTokenCallback(TrainerCallback):
                 "The rows are an iterable data set, whose batches accelerate would hand out from one process, with a "
                 'batch\'s images split unlike its prompts: set `accelerator_config={"dispatch_batches": False}`.'
             )
+        self._adopt(args, model)
         self._since = time.perf_counter()
         register_fsdp_forward_method(model, "get_image_features")  # evaluation calls it outside `forward`
         self._remove_hook(model)
@@ -206,7 +211,7 @@ class VisionTokenCallback(TrainerCallback):
         kwargs = dict(kwargs)
         skipped, truncated = kwargs.pop("num_skipped_rows", 0), kwargs.pop("num_truncated_rows", 0)
         self._places = self._rows = None
-        if not model.training:
+        if not (model.training and torch.is_grad_enabled()):  # a callback may generate without `model.eval()`
             return args, kwargs
         collator = self.collator
         # With a `compute_loss_func` the Trainer keeps labels back: each position's place stands in for its label.

@@ -105,6 +105,20 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
         for name, (value, kind) in wanted.items():
             if not isinstance(value, kind):
                 raise ValueError(f"`{name}` is a {type(value).__name__}: give a {kind.__name__}.")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is given, but the evaluation generates answers and scores them: leave it out, or "
+                    "override `evaluate`, with `tokenflex.evaluation.predict` for the answers."
+                )
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            columns = getattr(train_dataset, "column_names", None) or ()
+            if args.length_column_name not in columns:
+                raise ValueError(
+                    f"`train_sampling_strategy`={args.train_sampling_strategy!r}: the Trainer cannot measure rows of "
+                    f"texts and images. Give the rows a column {args.length_column_name!r} "
+                    "(`length_column_name`), or pack samples: `packing=True`."
+                )
         if data_collator is None:
             data_collator = TokenFlexDataCollator.from_arguments(
                 processing_class, args, vision_token_choices, vision_token_weights

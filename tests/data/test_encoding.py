@@ -1,12 +1,16 @@
 import os
 import re
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from tokenflex import TokenFlexProcessor
 from tokenflex.data.arguments import DataArguments
 from tokenflex.data.encoding import encode_row, split_answers
 from tokenflex.data.examples import BadRowError, to_example
@@ -213,7 +217,7 @@ RAISING = "{{ raise_exception('no such roles') }}"
 
 @pytest.mark.parametrize(
     "template, reason",
-    [(RAISING, "the chat template refuses it \\(no such roles\\)"), (REWRITING, "writes its earlier turns anew")],
+    [(RAISING, "the chat template refuses it \\(no such roles\\)"), (REWRITING, "give each answer a row of its own")],
 )
 def test_what_the_chat_template_does_not_take_is_found_by_the_check(narrow, monkeypatch, template, reason):
     monkeypatch.setattr(narrow[1], "chat_template", template)
@@ -221,3 +225,39 @@ def test_what_the_chat_template_does_not_take_is_found_by_the_check(narrow, monk
     check = RowChecker("rows", DataArguments(["rows"]), processor=narrow[1])
     with pytest.raises(BadRowError, match=f"rows, row 0: .*{reason}"):
         check(0, lambda: {"messages": turns})
+
+
+def sentencepiece_processor(processor, prepend_scheme):
+    """A processor whose tokenizer puts a space before what it tokenizes."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(
+        ["which color is it? red and blue", "user\nassistant\n how many? seven"] * 50, trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2])
+    return TokenFlexProcessor(processor.image_processor, tokenizer, 36, 8)
+
+
+@pytest.mark.parametrize("prepend_scheme", ["first", "always", "never"])
+def test_every_turn_is_tokenized_as_the_prompt_that_asks_for_it(narrow, prepend_scheme):
+    processor = sentencepiece_processor(narrow[1], prepend_scheme)
+    words = ["which color is it?", "red", "how many?", "seven", "blue?", "which?"]
+    dialog = [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 3, words)]
+    encoded = encode_row({"messages": dialog}, processor)
+    starts = [
+        place for place, (before, label) in enumerate(pairwise([-100, *encoded.labels])) if before == -100 != label
+    ]
+    prompts = [processor.apply_chat_template(dialog[:turn], add_generation_prompt=True) for turn in (1, 3, 5)]
+    asked = processor(text=prompts)["input_ids"]
+    assert [encoded.input_ids[:start] for start in starts] == asked
+
+
+def test_an_answer_keeps_its_first_token_apart_from_the_prompt(narrow, monkeypatch):
+    processor = narrow[1]
+    monkeypatch.setattr(processor, "chat_template", "{{ messages | map(attribute='content.0.text') | join }}")
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"ab": 0, "a": 1, "b": 2}, "a")))
+    monkeypatch.setattr(processor, "tokenizer", merging)
+    encoded = encode_row({"question": "a", "answer": "b"}, processor)
+    assert (encoded.input_ids, encoded.labels) == ([1, 2], [-100, 2])

@@ -3,6 +3,7 @@ import io
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -81,6 +82,7 @@ def test_uploads_share_their_limit():
 
 def test_data_urls_come_in_many_shapes():
     url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    assert fetch(quote(url, safe=":;,")) == PNG
     head, _, content = url.partition(",")
     broken_up = head + "," + "\n".join(content[i : i + 76] for i in range(0, len(content), 76)) + "\n"
     safe = head + "," + content.replace("+", "-").replace("/", "_").rstrip("=")

@@ -76,7 +76,8 @@ def test_a_budget_of_tokens_is_kept():
 
 def test_noise_foresees_nothing_and_no_image_is_in_its_own_fold():
     observations, _ = made_up(900)
-    noise = Observations(observations.choices, torch.randn(900, 12), observations.right, observations.images)
+    states = torch.randn(900, 12, generator=torch.Generator().manual_seed(1))
+    noise = Observations(observations.choices, states, observations.right, observations.images)
     chances, penalty = foresee(noise)
     loss = torch.nn.functional.binary_cross_entropy(chances, noise.right)
     rates = noise.right.mean(0).expand_as(noise.right)

@@ -142,3 +142,9 @@ def test_a_chosen_count_is_reported_by_the_tokens_it_reads(tmp_path):
     save_report(tmp_path, report, predictions, "with auto")
     assert "| auto (20.0 read) |" in (tmp_path / "results.md").read_text()
     assert model.training
+
+
+def test_a_grid_is_refused_before_anything_is_answered(narrow, tmp_path):
+    with pytest.raises(ValueError, match=r"`counts\[1\]`=\(2, 5\): .*give that"):
+        evaluate(*narrow, SyntheticVQA(2, 3), [4, (2, 5)], partial_file=tmp_path / "partial.jsonl")
+    assert not any(tmp_path.iterdir())

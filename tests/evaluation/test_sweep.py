@@ -226,3 +226,11 @@ def test_replies_that_choose_no_option_are_counted():
 def test_the_commonest_answer_is_scored_as_it_is_written():
     predictions = [Prediction(i, "all", "how?", "Stra\u00dfe", {4: ""}) for i in range(2)]
     assert score(predictions, [4], "anls")["majority"] == {"all": 1}
+
+
+def test_answers_are_the_likeliest_whatever_the_checkpoint_asks_for(tiny, rows, predictions):
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    asked = {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "temperature": 3.0, "top_k": 5}
+    for name, value in asked.items():
+        setattr(model.generation_config, name, value)
+    assert predict_quietly((model, processor), rows, COUNTS) == predictions

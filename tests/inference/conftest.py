@@ -18,7 +18,7 @@ def encode():
     def encode(processor, images, question, **options):
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return processor(images=images or None, text=prompt, add_special_tokens=False, return_tensors="pt", **options)
+        return processor(images=images or None, text=prompt, return_tensors="pt", **options)
 
     return encode
 

@@ -195,7 +195,7 @@ def test_towers_keep_their_weights_and_features(save, tmp_path, name, dtype):
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which?"}]}],
         add_generation_prompt=True,
     )
-    options = {"text": prompt, "images": images(), "return_tensors": "pt", "add_special_tokens": False}
+    options = {"text": prompt, "images": images(), "return_tensors": "pt"}
     many, few = processor(**options), processor(**options, num_vision_tokens=9)
     assert many["input_ids"].shape[1] - few["input_ids"].shape[1] == 49 - 9
     asked = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -297,7 +297,7 @@ def test_without_a_template_chats_are_chatml(save, tmp_path):
     assert model.generation_config.eos_token_id == [2, end]
     assert model.config.text_config.vocab_size == len(processor.tokenizer) == 286
     prompt = processor.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
-    assert prompt == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     encoded = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert encoded.count(end) == 1 and encoded.count(processor.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert processor.decode(encoded, skip_special_tokens=True) == "user\na\nassistant\n"

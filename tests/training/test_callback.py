@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tokenflex.data.synthetic import SyntheticVQA
+from tokenflex.data.synthetic import SyntheticVQA, draw_scene
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens
 
 
@@ -19,6 +19,8 @@ class Recorder:
         model.model.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module, args, kwargs):
+        if kwargs.get("vision_token_grids") is None:  # a question asked while training
+            return
         counts = set(kwargs["vision_token_grids"].prod(-1).tolist())
         assert len(counts) == 1
         (self.trained if module.training else self.evaluated).append(counts.pop())
@@ -36,8 +38,7 @@ def run(narrow, folder, resume=None, collator_arguments=(), rows=None, callbacks
         disable_tqdm=True,
         remove_unused_columns=False,
         logging_steps=1,
-        learning_rate=1e-3,
-        **options,
+        **{"learning_rate": 1e-3, **options},
     )
     trainer = Trainer(
         model,
@@ -246,3 +247,80 @@ def test_training_keeps_no_cache(narrow, tmp_path):
     model.model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
     run((model, narrow[1]), tmp_path, max_steps=1)
     assert caches == [None]
+
+
+class Asker(TrainerCallback):
+    """Generates between micro-batches, in train mode as training left it."""
+
+    def __init__(self, processor):
+        self.inputs = processor(images=draw_scene(7, 0).image, text="<|image_pad|>which color?", return_tensors="pt")
+        self.answers = []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        assert model.training
+        answer = model.generate(**self.inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        self.answers.append(answer.tolist())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_answers_asked_for_while_training_shift_no_draws(narrow, tmp_path, packing):
+    asker, options = Asker(narrow[1]), {"gradient_accumulation_steps": 3, "max_steps": 3, "learning_rate": 0.0}
+    arguments = (None, None, None, "batch", packing)
+    plain, drawn = run(narrow, tmp_path, collator_arguments=arguments, **options)
+    asked, _ = run(narrow, tmp_path, collator_arguments=arguments, callbacks=[asker], **options)
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, asked)]
+    assert losses[0] == losses[1]
+    expected = narrow[0].generate(**asker.inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False).tolist()
+    assert asker.answers == [expected] * 6
+
+
+def test_a_collator_draws_for_the_trainer_that_trains(narrow, tmp_path):
+    model, processor = copy.deepcopy(narrow[0]), narrow[1]
+    other = copy.deepcopy(model)
+    other.config.vision_token_choices, other.config.vision_token_weights = [1, 9, 25], [1.0, 1.0, 1.0]
+    collator = TokenFlexDataCollator(processor)
+    options = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    trainers = [
+        Trainer(
+            trained,
+            TrainingArguments(str(tmp_path), seed=seed, max_steps=4, logging_steps=1, save_strategy="no", **options),
+            data_collator=collator,
+            train_dataset=SyntheticVQA(40, 3),
+            callbacks=[collator.callback],
+        )
+        for trained, seed in ((model, 0), (other, 5))
+    ]
+    for trainer, seed in zip(trainers, (0, 5)):
+        trainer.train()
+        drawn = [log["num_vision_tokens"] for log in trainer.state.log_history if "loss" in log]
+        assert drawn == expected_draws(trainer.model.config, seed, range(4))
+
+
+@pytest.mark.parametrize("steps", [None, 1])
+def test_the_plain_trainer_evaluates_with_metrics(narrow, tmp_path, steps):
+    model, processor = narrow
+    rows = [*SyntheticVQA(2, 4, questions_per_image=2), {"question": "two and two?", "answer": "four"}]
+    rows += [{"question": "what is it?", "answer": "a long answer"}]
+    collator = TokenFlexDataCollator(processor)
+
+    def rate(evaluated):
+        labels = evaluated.label_ids[:, 1:]
+        hits = evaluated.predictions[:, :-1].argmax(-1) == labels
+        return {"right": int(hits[labels != -100].sum()), "labeled": int((labels != -100).sum())}
+
+    options = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, eval_accumulation_steps=steps, **options)
+    trainer = Trainer(
+        model, args, data_collator=collator, callbacks=[collator.callback], compute_metrics=rate, eval_dataset=rows
+    )
+    metrics = trainer.evaluate()
+    right = labeled = 0
+    for start in (0, 2):
+        batch = collator.collate(rows[start : start + 2])
+        with torch.no_grad():
+            predicted = model(**batch).logits[:, :-1].argmax(-1)
+        labels = batch["labels"][:, 1:]
+        right += int((predicted == labels)[labels != -100].sum())
+        labeled += int((labels != -100).sum())
+    assert (metrics["eval_right"], metrics["eval_labeled"]) == (right, labeled) and labeled > 4
+    assert "eval_loss" in metrics

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import assert_same_weights
-from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from tokenflex import TokenFlexForConditionalGeneration
@@ -370,3 +371,33 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_one_left_alone(tm
     ends = [AutoModelForImageTextToText.from_pretrained(tmp_path / folder / "end") for folder in ("killed", "whole")]
     assert_same_weights(*(dict(model.named_parameters()) for model in ends))
     assert not list((tmp_path / "killed").glob("*.incomplete"))
+
+
+def test_metrics_that_would_never_be_asked_for_are_refused(narrow, tmp_path):
+    model, processor = narrow
+    args = TokenFlexTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"`{name}` is given, but the evaluation generates answers"):
+            TokenFlexTrainer(model, args, processing_class=processor, **{name: len})
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_by_lengths_only_if_these_are_given(narrow, tmp_path, strategy):
+    rows = [{"question": "which?", "answer": "a" * (n % 7 + 1), "length": n % 7} for n in range(8)]
+    options = {"train_sampling_strategy": strategy, "max_steps": 1}
+    with pytest.raises(ValueError, match=f"`train_sampling_strategy`='{strategy}'.*a column 'length'"):
+        make_trainer(narrow, tmp_path, rows=rows, **options)
+    make_trainer(narrow, tmp_path, rows=Dataset.from_list(rows), **options).train()
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_schedulers_that_watch_wait_for_more_accuracy(narrow, tmp_path, scheduler):
+    if scheduler not in list(SchedulerType):
+        pytest.skip("this release of transformers has no such scheduler")
+    rows = SyntheticVQA(2, 4)
+    options = {"lr_scheduler_type": scheduler, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = make_trainer(narrow, tmp_path, eval_rows=rows, **options)
+    trainer.train()
+    assert (trainer.args.metric_for_best_model, trainer.lr_scheduler.mode) == ("accuracy", "max")
+    options["lr_scheduler_kwargs"] = {"mode": "min"}
+    assert make_trainer(narrow, tmp_path, eval_rows=rows, **options).args.lr_scheduler_kwargs["mode"] == "min"
