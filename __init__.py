@@ -1,5 +1,14 @@
 """TokenFLEX: one vision-language model, any number of vision tokens (arXiv 2504.03154)."""
 
+import os
+import sys
+
+
+# Threads of OpenMP, which torch loads, are to sleep while they wait for each other: those that spin keep a core from
+# the one they wait for as soon as there is other work. Figures stand in docs/performance.md, "Beside other work".
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -43,3 +44,16 @@ print(PROCESSOR_MAPPING[type(config)].__name__)
 
 def test_public_names_are_what_they_are_called():
     assert all(getattr(tokenflex, name).__name__ == name for name in tokenflex.__all__)
+
+
+def test_threads_sleep_while_they_wait_unless_told_otherwise():
+    for said, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-c", "import tokenflex"],
+            env={**environment, "OMP_DISPLAY_ENV": "TRUE", **said},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
