@@ -196,8 +196,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         Args:
             patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
                 `last_hidden_state` of the kept output.
-            grids (`list[tuple[int, int]]`):
-                (rows, columns) for each image.
+            grids (`list[tuple[int, int]]`): (rows, columns) for each image.
 
         Returns:
             [`TokenFlexImageOutput`]

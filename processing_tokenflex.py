@@ -88,7 +88,7 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
 
 
 class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
-    # Special tokens are the chat template's to write: whoever reads a prompt reads the same. (Read by 5.18 to 5.20.)
+    # Read by transformers 5.18 to 5.20; later releases read the processor's `text_kwargs`.
     _defaults = {"text_kwargs": {"padding_side": "left", "add_special_tokens": False}}
 
     images_kwargs: TokenFlexImagesKwargs
@@ -103,7 +103,7 @@ class TokenFlexProcessor(ProcessorMixin):
     [`~transformers.BatchFeature`] of `input_ids`, `attention_mask`; `pixel_values` of shape `(num_tiles, num_channels,
     height, width)`, an uncut image being one tile, and `vision_token_grids` of shape `(num_tiles, 2)`; with
     `match_aspect_ratio` also `image_sizes` of shape `(num_tiles, 2)`; with `crop_to_patches` also `num_tiles`, one per
-    image.
+    image. Special tokens are the chat template's to write: none are added unless `add_special_tokens=True`.
 
     Args:
         image_processor ([`~transformers.BaseImageProcessor`]):

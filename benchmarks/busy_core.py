@@ -73,13 +73,7 @@ def _time_work(name: str) -> None:
     print(statistics.median(times))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--rounds", type=int, default=3, help="Default: %(default)s.")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        return _time_work(args.work)
+def _compare_ways(rounds: int) -> None:
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     print("| | busy cores | " + " | ".join(f"{way}, ms" for way in WAYS) + " |")
     print("|---|---:|" + "---:|" * len(WAYS))
@@ -87,7 +81,7 @@ def main() -> None:
         for busy in (0, 1):
             times = {way: [] for way in WAYS}
             others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-            for _ in range(args.rounds):
+            for _ in range(rounds):
                 for way, variables in WAYS.items():
                     command = [sys.executable, __file__, "--work", work]
                     done = subprocess.run(
@@ -97,7 +91,17 @@ def main() -> None:
             for other in others:
                 other.kill()
             print(f"| {work} | {busy} | " + " | ".join(f"{statistics.median(times[way]):.0f}" for way in WAYS) + " |")
-    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--rounds", type=int, default=3, help="Default: %(default)s.")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        _time_work(args.work)
+    else:
+        _compare_ways(args.rounds)
 
 
 if __name__ == "__main__":

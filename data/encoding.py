@@ -1,7 +1,7 @@
 """One row as the tokens that are trained on, or the reason why not: what checks rows is what collates them."""
 
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,12 +155,13 @@ def split_answers(dialog: list[dict], processor) -> Iterator[tuple[str, bool]]:
 
 def _encode_dialog(dialog: list[dict], processor) -> tuple[list[int], list[int]]:
     texts, are_answers = zip(*split_answers(dialog, processor))
-    # As prompts are encoded when answers are generated: from their beginning, not turn by turn.
-    wholes = [[], *processor.tokenizer(list(accumulate(texts)), add_special_tokens=False)["input_ids"]]
-    if all(later[: len(earlier)] == earlier for earlier, later in pairwise(wholes)):
-        encoded = [later[len(earlier) :] for earlier, later in pairwise(wholes)]
-    else:  # a token would reach from a prompt into its answer, which is generated from a token of its own
-        encoded = processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    whole, *encoded = _tokenize(["".join(texts), *texts], processor)
+    if list(chain(*encoded)) != whole:
+        # Some tokenizers put a space before each text, and prompts are encoded from their beginning, not turn by turn,
+        # when answers are generated. Turns stay apart where a token would reach from a prompt into its answer.
+        wholes = [[], *_tokenize(list(accumulate(texts)), processor)]
+        if all(later[: len(earlier)] == earlier for earlier, later in pairwise(wholes)):
+            encoded = [later[len(earlier) :] for earlier, later in pairwise(wholes)]
     ids, labels = [], []
     for tokens, is_answer in zip(encoded, are_answers):
         ids.extend(tokens)
@@ -168,6 +169,10 @@ def _encode_dialog(dialog: list[dict], processor) -> tuple[list[int], list[int]]
     if all(label == -100 for label in labels):
         raise BadRowError("the tokenizer has no tokens for its answers")
     return ids, labels
+
+
+def _tokenize(texts: list[str], processor) -> list[list[int]]:
+    return processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _share_prefix(example: Example, dialogs: list[tuple[list[int], list[int]]], processor) -> EncodedRow:

@@ -10,16 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-
-# One answer by the likeliest tokens, whatever a checkpoint's own generation config asks for.
-GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
+from ..inference.decoding import GREEDY
 
 
 def describe_machine(model, processor) -> dict[str, str | int]:

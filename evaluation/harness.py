@@ -13,8 +13,8 @@ from ..configuration_tokenflex import resolve_named_count
 from ..data.images import decode_image, fetch, is_address
 from ..data.videos import expand_videos
 from ..inference.counts import parse_num_vision_tokens
+from ..inference.decoding import GREEDY
 from .answers import mask_answers
-from .cost import GREEDY
 
 
 @dataclass

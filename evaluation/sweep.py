@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example, to_example
 from ..data.placing import place_images
+from ..inference.decoding import GREEDY
 from .answers import normalize
 from .choices import find_choice
-from .cost import GREEDY
 from .metrics import get_metric, multiple_choice
 from .options import rate_option
 

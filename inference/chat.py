@@ -18,13 +18,12 @@ from ..placeholders_tokenflex import at_count
 from .chat_request import ChatRequest
 from .control_tokens import refuse_control_tokens
 from .counts import parse_num_vision_tokens
+from .decoding import ONE_ANSWER
 from .kept_features import KeptFeatures
 from .messages import MessageReader
 
 
 DEFAULT_MAX_TOKENS = 1024
-# One answer, whatever a checkpoint's own settings ask for; of beams there would be nothing to stream.
-ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 # Variables of chat templates that are the server's, or transformers', and not a request's.
 KEPT_VARIABLES = {
     *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"),
@@ -299,10 +298,11 @@ class ChatModel:
     ) -> Completion:
         tokenizer = self.processor.tokenizer
         more = {"stopping_criteria": StoppingCriteriaList([criterion]), "tokenizer": tokenizer, "streamer": streamer}
+        more |= {**ONE_ANSWER, "return_dict_in_generate": False}
         # One answer is generated at a time: nobody else draws. The seed of one is not to be the next one's.
         torch.seed() if prompt.seed is None else torch.manual_seed(prompt.seed)
         try:
-            output = self.model.generate(**prompt.inputs, **prompt.options, **ONE_ANSWER, **more)
+            output = self.model.generate(**prompt.inputs, **prompt.options, **more)
         except Exception:
             if streamer is not None:
                 streamer.end()  # nobody else tells those who read it

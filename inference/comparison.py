@@ -10,6 +10,7 @@ from transformers.generation import BaseStreamer
 
 from ..placeholders_tokenflex import at_count
 from .control_tokens import refuse_control_tokens
+from .decoding import GREEDY
 
 
 MAX_QUESTION_LENGTH = 1000
@@ -118,7 +119,7 @@ def answer_at(model, processor, asked: AskedQuestion, num_vision_tokens: int, ma
         ValueError: If the count is not allowed.
     """
     [grid] = at_count(asked.inputs, num_vision_tokens, model.config)["vision_token_grids"].tolist()
-    options = {"num_vision_tokens": num_vision_tokens, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    options = {**GREEDY, "num_vision_tokens": num_vision_tokens}
     milliseconds = []
     for length in (1, 1, max_new_tokens):
         clock = _FirstTokenClock()

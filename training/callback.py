@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from ..data.examples import QUESTIONS
 from .schemes import NESTED, nested_loss
 
 
 logger = logging.get_logger(__name__)
 
-QUESTION_COLUMNS = {"question", "questions", "messages", "conversations"}
+QUESTION_COLUMNS = {*QUESTIONS, "messages", "conversations"}
 
 
 class VisionTokenCallback(TrainerCallback):
