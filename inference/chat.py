@@ -13,11 +13,10 @@ from jinja2 import Environment, defaults, meta
 from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_tokenflex import resolve_named_count, resolve_vision_token_grids
 from ..placeholders_tokenflex import at_count
 from .chat_request import ChatRequest
 from .control_tokens import refuse_control_tokens
-from .counts import parse_num_vision_tokens
+from .counts import RequestCounts
 from .decoding import ONE_ANSWER
 from .kept_features import KeptFeatures
 from .messages import MessageReader
@@ -102,9 +101,7 @@ class AnswerEnds(StoppingCriteria):
 
 class ChatModel:
     """
-    Answers chats at the count that a request, or each of its images, asks for. In order: the body's
-    `num_vision_tokens` (a count or grid, a list of one per image, `"low"`, `"high"` or `"auto"`), each image's
-    `detail`, the server's default.
+    Answers chats at the count that a request, or each of its images, asks for: see [`RequestCounts`].
 
     Args:
         name (`str`): The name of the model in requests.
@@ -131,48 +128,11 @@ class ChatModel:
         self.name, self.model, self.processor = name, model, processor
         self.messages = messages or MessageReader()
         self.kept = None if keep_images is None else KeptFeatures(model, keep_images)
-        self.choices = model.config.vision_token_choices
-        self.can_choose = model.config.vision_token_chooser is not None
-        self.num_vision_tokens = resolve_named_count(parse_num_vision_tokens(num_vision_tokens), self.choices)
+        self.counts = RequestCounts(processor, model.config, num_vision_tokens)
         self.variables = _template_variables(processor)
         self.readers = ThreadPoolExecutor(16, "read")  # a slow address makes only those wait who name one
         self.encoders = ThreadPoolExecutor(2, "encode")
         self.generator = ThreadPoolExecutor(1, "generate")
-        default = self.resolve_counts(None, [None])
-        if default != "auto":
-            resolve_vision_token_grids(default, 1, processor.patch_grid)
-
-    def resolve_counts(self, asked, details: list[str | None]) -> int | tuple[int, int] | list | str:
-        """
-        The counts of a request's images.
-
-        Args:
-            asked (`int`, `list` or `str`, *optional*): The request's `num_vision_tokens`.
-            details (`list[str | None]`): Each image's `detail`.
-
-        Returns:
-            `int`, `tuple[int, int]`, a list or `"auto"`: `"auto"` if the model is to choose.
-
-        Raises:
-            ValueError: If `asked` is nothing of that kind, or the model has not learned to choose.
-        """
-        default = self.processor.num_vision_tokens if self.num_vision_tokens is None else self.num_vision_tokens
-        if asked is not None or set(details) <= {None}:
-            counts = default if asked is None else resolve_named_count(parse_num_vision_tokens(asked), self.choices)
-            if counts == "auto" and not self.can_choose:
-                raise ValueError(
-                    "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex "
-                    f"calibrate` on it, or ask for 'low' ({min(self.choices)}), 'high' ({max(self.choices)}) or any "
-                    "count."
-                )
-            return counts
-        # As OpenAI has it, `auto` leaves the choice to the server: to the model if it has learned to choose.
-        if set(details) == {"auto"} and self.can_choose:
-            return "auto"
-        default = self.processor.num_vision_tokens if default == "auto" else default
-        return [
-            default if detail in (None, "auto") else resolve_named_count(detail, self.choices) for detail in details
-        ]
 
     async def read(self, request: ChatRequest) -> Prompt:
         """
@@ -192,7 +152,7 @@ class ChatModel:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"`logit_bias`: there is no token {token}; they are 0 to {vocab_size - 1}.")
         messages, details = await loop.run_in_executor(self.readers, self.messages.read, request.messages)
-        counts = self.resolve_counts(asked, details)
+        counts = self.counts.resolve(asked, details)
         inputs = await loop.run_in_executor(self.encoders, self._encode, messages, counts, len(details), template)
         if details and (counts == "auto" or self.kept is not None):
             inputs = await loop.run_in_executor(self.generator, self._see, inputs)
@@ -247,9 +207,7 @@ class ChatModel:
             text = "".join(part.get("text", "") for part in message["content"])
             refuse_control_tokens(f"messages[{i}].content", text, tokenizer)
         refuse_control_tokens("chat_template_kwargs", json.dumps(template, ensure_ascii=False), tokenizer)
-        encoded_at = min(self.choices) if counts == "auto" else counts
-        if num_images:
-            resolve_vision_token_grids(encoded_at, num_images, self.processor.patch_grid)
+        encoded_at = min(self.counts.choices) if counts == "auto" else counts
         inputs = self.processor.apply_chat_template(
             messages,
             add_generation_prompt=True,

@@ -3,7 +3,7 @@
 import re
 import reprlib
 
-from ..configuration_tokenflex import NAMED_COUNTS
+from ..configuration_tokenflex import NAMED_COUNTS, resolve_named_count, resolve_vision_token_grids
 
 
 def parse_num_vision_tokens(text: str | int | list | tuple | None):
@@ -47,3 +47,68 @@ def parse_num_vision_tokens(text: str | int | list | tuple | None):
         f"`num_vision_tokens`={reprlib.repr(text)}: give a count such as 64, a grid such as 8x12, a list with one of "
         f"these per image, or one of {', '.join(NAMED_COUNTS)}."
     )
+
+
+class RequestCounts:
+    """
+    Finds the counts of a request's images. In order: what the request asks for (a count or grid, a list of one per
+    image, `"low"`, `"high"` or `"auto"`), each image's `detail`, the server's default.
+
+    Args:
+        processor ([`TokenFlexProcessor`]): The checkpoint's processor.
+        config ([`TokenFlexConfig`]): The checkpoint's configuration.
+        num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*):
+            The count of requests that ask for none. Defaults to the processor's.
+
+    Raises:
+        ValueError: If the checkpoint cannot do the default.
+    """
+
+    def __init__(self, processor, config, num_vision_tokens: int | tuple[int, int] | str | None = None):
+        self.processor = processor
+        self.choices = config.vision_token_choices
+        self.can_choose = config.vision_token_chooser is not None
+        default = processor.num_vision_tokens if num_vision_tokens is None else num_vision_tokens
+        self.default = resolve_named_count(parse_num_vision_tokens(default), self.choices)
+        self.fallback = processor.num_vision_tokens if self.default == "auto" else self.default
+        self.resolve(None, [None])
+
+    def resolve(
+        self, asked, details: list[str | None], match_aspect_ratio: bool | None = None
+    ) -> int | tuple[int, int] | list | str:
+        """
+        Args:
+            asked (`int`, `list` or `str`, *optional*): The request's `num_vision_tokens`.
+            details (`list[str | None]`): Each image's `detail`.
+            match_aspect_ratio (`bool`, *optional*):
+                Whether grids will follow the images' shapes, which takes any integer. Defaults to the processor's.
+
+        Returns:
+            `int`, `tuple[int, int]`, a list or `"auto"`: `"auto"` if the model is to choose.
+
+        Raises:
+            ValueError: If `asked` is nothing of that kind, or the checkpoint cannot do it.
+        """
+        if asked is not None or set(details) <= {None}:
+            counts = (
+                self.default if asked is None else resolve_named_count(parse_num_vision_tokens(asked), self.choices)
+            )
+            if counts == "auto" and not self.can_choose:
+                raise ValueError(
+                    "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex "
+                    f"calibrate` on it, or ask for 'low' ({min(self.choices)}), 'high' ({max(self.choices)}) or any "
+                    "count."
+                )
+        # As OpenAI has it, `auto` leaves the choice to the server: to the model if it has learned to choose.
+        elif set(details) == {"auto"} and self.can_choose:
+            counts = "auto"
+        else:
+            counts = [
+                self.fallback if detail in (None, "auto") else resolve_named_count(detail, self.choices)
+                for detail in details
+            ]
+        if details and counts != "auto":
+            matches = self.processor.match_aspect_ratio if match_aspect_ratio is None else match_aspect_ratio
+            sizes = [(1, 1)] * len(details) if matches else None
+            resolve_vision_token_grids(counts, len(details), self.processor.patch_grid, image_sizes=sizes)
+        return counts

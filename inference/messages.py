@@ -69,8 +69,7 @@ class MessageReader:
         url, detail = source.get("url"), source.get("detail")
         if not isinstance(url, str):
             raise ValueError(f"`{where}`: an image part needs `image_url` with a data: or http(s): URL.")
-        if detail is not None and detail not in NAMED_COUNTS:
-            raise ValueError(f"`{where}`: `detail`={detail!r}; it is one of {', '.join(NAMED_COUNTS)}.")
+        check_detail(detail, where)
         if len(images) == self.max_images:
             raise ValueError(f"`{where}`: a request has at most {self.max_images} images.")
         taken = sum(image.width * image.height for image in images) / 1e6
@@ -81,6 +80,12 @@ class MessageReader:
         images.append(image)
         details.append(detail)
         return {"type": "image", "image": image}
+
+
+def check_detail(detail, where: str) -> None:
+    """Refuses an image's `detail` that names no count."""
+    if detail is not None and detail not in list(NAMED_COUNTS):
+        raise ValueError(f"`{where}`: `detail`={detail!r:.80}; it is one of {', '.join(NAMED_COUNTS)}.")
 
 
 def _refuse_others(said: dict, names: tuple[str, ...], where: str) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
 from ..checkpoints.provenance import is_hub_id
+from .vllm_command import run
 
 
 try:
@@ -179,7 +180,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="Such as cuda:1 or cpu. Default: %(default)s.")
     parser.add_argument("--dtype", default="auto", help="Default: %(default)s, that of the weights.")
     parser.add_argument("--attn_implementation", help="Such as flash_attention_2. Default: transformers'.")
-    args = vars(parser.parse_args(argv))
+    parser.add_argument(
+        "--engine",
+        choices=["vllm"],
+        help="Serve by vLLM, many requests at once; arguments that are not known here are vLLM's. Default: none.",
+    )
+    parsed, more = parser.parse_known_args(argv)
+    args = vars(parsed)
+    if args.pop("engine") == "vllm":
+        for name in ("keep_images", "device", "attn_implementation"):
+            if args.pop(name) != parser.get_default(name):
+                parser.error(f"--{name} is not taken with --engine vllm, which has ways of its own")
+        run(**args, more=more)
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     host, port = args.pop("host"), args.pop("port")
     args["device_map"] = args.pop("device")
     app = build_app(**{name: value for name, value in args.items() if value is not None})

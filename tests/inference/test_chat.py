@@ -84,18 +84,18 @@ def test_a_stream_that_nobody_reads_ends(chat, endless):
 
 def test_an_uncalibrated_checkpoint_leaves_auto_to_the_default(tiny, calibrated):
     plain = ChatModel("plain", *tiny, num_vision_tokens=16)
-    assert plain.resolve_counts(None, ["auto", "low"]) == [16, 4]
-    assert plain.resolve_counts(None, ["auto"]) == [16]
-    assert plain.resolve_counts(None, [None]) == 16
-    assert ChatModel("able", *calibrated).resolve_counts(None, ["auto"]) == "auto"
+    assert plain.counts.resolve(None, ["auto", "low"]) == [16, 4]
+    assert plain.counts.resolve(None, ["auto"]) == [16]
+    assert plain.counts.resolve(None, [None]) == 16
+    assert ChatModel("able", *calibrated).counts.resolve(None, ["auto"]) == "auto"
 
 
 def test_a_default_may_be_a_grid_or_a_name(tiny, calibrated):
-    assert ChatModel("grid", *tiny, num_vision_tokens="4x6").resolve_counts(None, [None, "low"]) == [(4, 6), 4]
-    assert ChatModel("name", *tiny, num_vision_tokens="low").resolve_counts(None, [None, None]) == 4
+    assert ChatModel("grid", *tiny, num_vision_tokens="4x6").counts.resolve(None, [None, "low"]) == [(4, 6), 4]
+    assert ChatModel("name", *tiny, num_vision_tokens="low").counts.resolve(None, [None, None]) == 4
     auto = ChatModel("auto", *calibrated, num_vision_tokens="auto")
-    assert auto.resolve_counts(None, [None]) == "auto"
-    assert auto.resolve_counts(None, [None, "low"]) == [36, 4], "one `detail` for all is the model's, others are not"
+    assert auto.counts.resolve(None, [None]) == "auto"
+    assert auto.counts.resolve(None, [None, "low"]) == [36, 4], "one `detail` for all is the model's, others are not"
 
 
 @pytest.mark.parametrize(

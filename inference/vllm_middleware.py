@@ -1,0 +1,147 @@
+"""Counts of requests to vLLM's server as this package's users write them: for `vllm serve --middleware`."""
+
+import json
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from .control_tokens import refuse_control_tokens
+from .counts import RequestCounts
+from .messages import IMAGE_PARTS, TEXT_PARTS, check_detail
+
+
+CHATS = ("/v1/chat/completions", "/tokenize", "/invocations")
+FIELDS = ("num_vision_tokens", "mm_processor_kwargs", "media_io_kwargs")
+# What a request may say to the processor beside its count. Others, such as sizes, are the engine's to set.
+SHAPES = ("match_aspect_ratio", "crop_to_patches")
+
+
+class VisionTokenMiddleware:
+    """
+    Turns a request's `num_vision_tokens` and its images' `detail` into arguments that vLLM knows, and answers with
+    status 400 and the reason where they are wrong. Its server needs `--trust-request-mm-kwargs`; what else that would
+    let through is refused here.
+
+    Args:
+        app (`Callable`): The ASGI application behind it.
+    """
+
+    def __init__(self, app):
+        self.app = app
+        self.counts = None
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        body = await Request(scope, receive).body()
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError):
+            asked = None  # vLLM's to refuse
+        if isinstance(asked, dict):
+            if self.counts is None:
+                self.counts = load_counts(scope["app"].state.vllm_config.model_config)
+            try:
+                asked = translate(asked, scope["path"], self.counts)
+            except (ValueError, RecursionError) as error:
+                message = str(error).encode(errors="backslashreplace").decode()  # it may quote half a character
+                refusal = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+                return await JSONResponse(refusal, 400)(scope, receive, send)
+            body = json.dumps(asked).encode()
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay():
+            return messages.pop() if messages else await receive()
+
+        return await self.app(scope, replay, send)
+
+
+def load_counts(model_config) -> RequestCounts:
+    """The counts that vLLM's engine does, by its own processor and defaults."""
+    from vllm.transformers_utils.processor import cached_processor_from_config
+
+    return RequestCounts(cached_processor_from_config(model_config), model_config.hf_config)
+
+
+def translate(body: dict, path: str, counts: RequestCounts) -> dict:
+    """
+    The body as vLLM takes it.
+
+    Args:
+        body (`dict`): As in OpenAI's chat completions, with `num_vision_tokens` and each image's `detail`.
+        path (`str`): The endpoint.
+        counts ([`RequestCounts`]): The counts that the engine does.
+
+    Raises:
+        ValueError: If a count is not allowed, is asked for where it would be ignored, or a text holds control tokens.
+    """
+    chat = body.get("messages") if path in CHATS else None
+    if not isinstance(chat, list):
+        for name in FIELDS:
+            if body.get(name):
+                raise ValueError(f"`{name}` is not taken by {path}, only by {CHATS[0]}: leave it out.")
+        return body
+    details = read_details(chat, counts.processor.tokenizer)
+    body, options = dict(body), body.get("mm_processor_kwargs") or {}
+    if body.get("media_io_kwargs"):
+        raise ValueError("`media_io_kwargs` is the server's to set: leave it out.")
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if name not in ("num_vision_tokens", *SHAPES) or (name in SHAPES and not isinstance(value, bool | None)):
+            known = ", ".join(f"`{known}`" for known in SHAPES)
+            raise ValueError(
+                f"`mm_processor_kwargs.{name}`={value!r:.80}: a request says `num_vision_tokens`, and true or false "
+                f"for {known}; all else is the server's to set."
+            )
+    template = body.get("chat_template_kwargs")
+    ways = [body.pop("num_vision_tokens", None)]
+    if isinstance(template, dict) and "num_vision_tokens" in template:
+        body["chat_template_kwargs"] = {k: v for k, v in template.items() if k != "num_vision_tokens"}
+        ways.append(template["num_vision_tokens"])
+    ways.append(options.get("num_vision_tokens") if isinstance(options, dict) else None)
+    asked = next((way for way in ways if way is not None), None)
+    if asked is None and set(details) <= {None}:
+        return body
+    resolved = counts.resolve(asked, details, options.get("match_aspect_ratio"))
+    if resolved == "auto":
+        raise ValueError(
+            "`num_vision_tokens`='auto' needs `tokenflex serve` without an engine: in vLLM no model chooses a count. "
+            f"Ask for 'low' ({min(counts.choices)}), 'high' ({max(counts.choices)}) or any count."
+        )
+    if details:
+        body["mm_processor_kwargs"] = {**options, "num_vision_tokens": as_json(resolved)}
+    return body
+
+
+def as_json(counts):
+    """Counts without tuples, of which JSON would make lists."""
+    if isinstance(counts, list):
+        return [as_json(count) for count in counts]
+    return f"{counts[0]}x{counts[1]}" if isinstance(counts, tuple) else counts
+
+
+def read_details(messages: list, tokenizer) -> list[str | None]:
+    """
+    Each image's `detail`. What is malformed otherwise is vLLM's to refuse.
+
+    Raises:
+        ValueError: If a `detail` is none that there is, or a text holds control tokens.
+    """
+    details = []
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        texts = [
+            part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
+        ]
+        # Joined, as templates join them: a token may lie across two parts.
+        refuse_control_tokens(f"messages[{i}].content", "".join(texts), tokenizer)
+        for j, part in enumerate(parts):
+            if "image_url" in part or part.get("type") in IMAGE_PARTS:
+                source = part.get("image_url")
+                detail = source.get("detail") if isinstance(source, dict) else part.get("detail")
+                check_detail(detail, f"messages[{i}].content[{j}]")
+                details.append(detail)
+    return details

@@ -1,0 +1,154 @@
+"""TokenFLEX inside vLLM: its Transformers backend, with a vision-token count for each image of a request."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from itertools import compress
+
+import torch
+from vllm.model_executor.models.transformers.causal import CausalMixin
+from vllm.model_executor.models.transformers.multimodal import (
+    MultiModalDummyInputsBuilder,
+    MultiModalMixin,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import ProcessorInputs
+
+from ..configuration_tokenflex import resolve_named_count
+from .counts import parse_num_vision_tokens
+
+
+PER_IMAGE = ("num_vision_tokens", "crop_to_patches")
+
+
+class TokenFlexProcessingInfo(MultiModalProcessingInfo):
+    """What vLLM asks about images before it has any."""
+
+    def get_hf_processor(self, **kwargs):
+        # One for all requests: it takes their options when it is called.
+        return super().get_hf_processor()
+
+    @cached_property
+    def largest_count(self) -> int | tuple[int, int]:
+        """The count that memory is reserved for: the largest trained, or the engine's own if that is larger."""
+        trained, own = max(self.get_hf_config().vision_token_choices), self.get_hf_processor().num_vision_tokens
+        return own if math.prod(own if isinstance(own, tuple) else (own,)) > trained else trained
+
+    def _get_num_image_tokens(self, size) -> int:
+        [tokens] = self.get_hf_processor().count_vision_tokens([(size.height, size.width)], self.largest_count)
+        return tokens
+
+
+class TokenFlexMultiModalProcessor(MultiModalProcessor):
+    """
+    Processes the images of a request, of which each may have its own count. An image is kept under its own count
+    alone, so that it is found again at another place in another request.
+    """
+
+    def get_dummy_inputs(self, *args, **kwargs) -> ProcessorInputs:
+        """As in vLLM, at the count that memory is reserved for."""
+        options = {"num_vision_tokens": self.info.largest_count}
+        return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs=options)
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx):
+        """
+        As in vLLM, with counts as command lines and requests write them.
+
+        Raises:
+            ValueError: If a count is not allowed or more than what is reserved, or a text holds image tokens.
+        """
+        num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
+        image_token_id = self.info.get_hf_config().image_token_id
+        found = inputs.prompt.count(image_token_id)
+        if found != num_images:
+            token = self.info.get_hf_processor().image_token
+            raise ValueError(
+                f"The prompt holds {found} image tokens ({token}) for {num_images} images: write one each."
+            )
+        options = self._resolve_options(inputs.hf_processor_mm_kwargs, num_images)
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
+
+    def _resolve_options(self, kwargs: Mapping[str, object], num_images: int) -> dict:
+        options = {"num_vision_tokens": self.info.get_hf_processor().num_vision_tokens}
+        options |= {**kwargs, **kwargs.get("images_kwargs", {})}
+        options.pop("images_kwargs", None)
+        choices = self.info.get_hf_config().vision_token_choices
+        counts = resolve_named_count(parse_num_vision_tokens(options["num_vision_tokens"]), choices)
+        if counts == "auto":
+            raise ValueError("`num_vision_tokens`='auto' needs `tokenflex serve`: in vLLM no model chooses a count.")
+        options["num_vision_tokens"] = counts
+        for name in PER_IMAGE:
+            if isinstance(options.get(name), list) and len(options[name]) != num_images:
+                raise ValueError(
+                    f"`{name}` lists {len(options[name])} entries for {num_images} images: give one for each."
+                )
+        return options
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs):
+        options = inputs.hf_processor_mm_kwargs
+        lists = {name: options[name] for name in PER_IMAGE if isinstance(options.get(name), list)}
+        if not lists:
+            return super()._get_mm_hashes(inputs)
+        hashes = []
+        for i, image in enumerate(inputs.mm_data_items["image"].data):
+            own = replace(
+                inputs,
+                mm_data_items=self.info.parse_mm_data({"image": [image]}, validate=False),
+                mm_uuid_items={name: items[i : i + 1] for name, items in (inputs.mm_uuid_items or {}).items()},
+                hf_processor_mm_kwargs={**options, **{name: entries[i] for name, entries in lists.items()}},
+            )
+            hashes += super()._get_mm_hashes(own)["image"]
+        return {"image": hashes}
+
+    def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached):
+        options = dict(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
+        missing = [not is_cached for is_cached in mm_is_cached.get("image", ())]
+        for name in PER_IMAGE:
+            if isinstance(options.get(name), list):
+                options[name] = list(compress(options[name], missing))
+        return options
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
+        try:
+            fields = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        except ValueError as error:
+            # vLLM's own text shows the images in full, and not what is wrong.
+            raise error if error.__cause__ is None else ValueError(str(error.__cause__)) from None
+        reserved = self.info.get_max_image_tokens()
+        for i, tokens in enumerate(fields.get("image_replacement_sizes", ())):
+            if tokens > reserved:
+                raise ValueError(
+                    f"Image {i} has {tokens} vision tokens, and this engine has reserved {reserved} for one: ask for "
+                    f"fewer, or start it with --mm-processor-kwargs '{{\"num_vision_tokens\": N}}'."
+                )
+        return fields
+
+    def _unpad_images(self, hf_inputs) -> None:
+        # No image here is padded, and `image_sizes` are those before processing.
+        hf_inputs.pop("image_sizes", None)
+
+    def _get_num_image_patches(self, hf_inputs, mm_data, num_images: int) -> torch.Tensor:
+        return torch.as_tensor(hf_inputs.pop("num_tiles", [1] * num_images))
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    TokenFlexMultiModalProcessor, info=TokenFlexProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class TokenFlexForConditionalGeneration(MultiModalMixin, CausalMixin):
+    """vLLM's Transformers backend; it joins each image's tiles, and never answers with image tokens."""
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits = super().compute_logits(hidden_states)
+        if logits is not None:  # not of the other ranks' share
+            logits[..., self.config.image_token_id] = -torch.inf
+        return logits
+
+    def _process_vision_input(self, modality: str, pixel_values, num_patches: torch.Tensor, **kwargs):
+        features = super()._process_vision_input(modality, pixel_values, num_patches, **kwargs)
+        if len(features) == len(num_patches):
+            return features
+        tiles = iter(features)
+        return [torch.cat([next(tiles) for _ in range(count)]) for count in num_patches.flatten().tolist()]
