@@ -164,7 +164,7 @@ def resolve_vision_token_grids(
     num_images: int,
     patch_grid: tuple[int, int],
     name: str = "num_vision_tokens",
-    image_sizes: Sequence[tuple[int, int]] | None = None,
+    image_shapes: Sequence[tuple[int, int]] | None = None,
     num_tiles: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """
@@ -179,7 +179,7 @@ def resolve_vision_token_grids(
             Rows and columns of the vision tower's patch grid.
         name (`str`, *optional*, defaults to `"num_vision_tokens"`):
             The argument to name in errors.
-        image_sizes (sequence of `tuple[int, int]`, *optional*):
+        image_shapes (sequence of `tuple[int, int]`, *optional*):
             (height, width) of each image: an integer count is then matched to the image's shape
             ([`match_vision_token_grid`]) in place of a square.
         num_tiles (sequence of `int`, *optional*):
@@ -205,15 +205,15 @@ def resolve_vision_token_grids(
             f"`{name}` lists {len(num_vision_tokens)} counts for {len(num_tiles or range(num_images))} "
             f"images{in_tiles}: give one count per image in order of appearance, or a single integer for all of them."
         )
-    if image_sizes is None:
+    if image_shapes is None:
         return [resolve_vision_token_grid(count, patch_grid, entry) for count, entry in zip(counts, names)]
-    if len(image_sizes) != num_images:
-        raise ValueError(f"`image_sizes` holds {len(image_sizes)} sizes for {num_images} images: give one per image.")
+    if len(image_shapes) != num_images:
+        raise ValueError(f"`image_shapes` holds {len(image_shapes)} sizes for {num_images} images: give one each.")
     return [
         resolve_vision_token_grid(count, patch_grid, entry)
         if isinstance(count, tuple)
         else match_vision_token_grid(count, tuple(size), patch_grid, entry)
-        for count, entry, size in zip(counts, names, image_sizes)
+        for count, entry, size in zip(counts, names, image_shapes)
     ]
 
 

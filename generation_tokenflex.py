@@ -18,7 +18,7 @@ from .placeholders_tokenflex import asked_grids, at_count, count_images, encoded
 # The positions of image tokens in caches that `generate` filled: a conversation that goes on in one is encoded alike.
 _IMAGE_POSITIONS = weakref.WeakKeyDictionary()
 KEEPS_IMAGES_OF_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", "image_sizes", "num_tiles")
+INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", "image_shapes", "num_tiles")
 
 
 def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int], tolerance: float) -> list[int]:
@@ -162,20 +162,19 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 as it is generated at, not the caller's.
             num_vision_tokens (`int`, `tuple[int, int]`, a list of these, or `str`, *optional*):
                 A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance
-                (an image's tiles share its entry). Where the inputs carry `image_sizes`, an integer is matched to each
-                image's shape. `"low"` and `"high"` are the smallest and largest of the config's
-                `vision_token_choices`; `"auto"` chooses one of them for each prompt
-                ([`~TokenFlexGenerationMixin.choose_vision_tokens`]). Defaults to the counts as encoded.
+                (an image's tiles share its entry). With `image_shapes`, an integer is matched to each image's shape.
+                `"low"` and `"high"` are the smallest and largest of the config's `vision_token_choices`; `"auto"`
+                chooses one of them for each prompt ([`~TokenFlexGenerationMixin.choose_vision_tokens`]). Defaults to
+                the counts as encoded.
             kwargs:
                 As in transformers. `mm_encoder_outputs={"image": model.get_image_features(...)}` in place of
                 `pixel_values` saves running the tower again. With filled `past_key_values` the whole conversation is
                 given, encoded at the counts that the cache holds; images in the cache may be given or left out.
 
         Returns:
-            As in transformers. Sequences begin with the caller's `input_ids`, so
-            `output[:, input_ids.shape[1]:]` is the answer at every count. With `"auto"` and
-            `return_dict_in_generate=True` the output's `num_vision_tokens` holds each prompt's count, 0
-            for one without images.
+            As in transformers. Sequences begin with the caller's `input_ids`, so `output[:, input_ids.shape[1]:]` is
+            the answer at every count. With `"auto"` and `return_dict_in_generate=True` the output's
+            `num_vision_tokens` holds each prompt's count, 0 for one without images.
 
         Raises:
             ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
@@ -192,7 +191,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
             num_vision_tokens = _said("num_vision_tokens", {}, *configs)
             if isinstance(num_vision_tokens, list):  # JSON has no tuples: a saved config holds (rows, columns) so
                 num_vision_tokens = tuple(num_vision_tokens)
-        elif not isinstance(num_vision_tokens, (list, str)) and kwargs.get("image_sizes") is None:
+        elif not isinstance(num_vision_tokens, (list, str)) and kwargs.get("image_shapes") is None:
             resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)  # without images it is not used
         num_vision_tokens = resolve_named_count(num_vision_tokens, self.config.vision_token_choices)
         cache = kwargs.get("past_key_values", kwargs.get("cache"))  # as transformers calls it from 5.24 on
@@ -247,7 +246,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         """Puts features in the place of images, a row's together, which transformers 5.18 would mix up in beams."""
         kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
         images, grids = prompt.pop("pixel_values", None), prompt.pop("vision_token_grids", None)
-        for name in ("image_sizes", "num_tiles"):
+        for name in ("image_shapes", "num_tiles"):
             prompt.pop(name, None)
         if images is None and kept is None:
             first_placeholders(prompt["input_ids"][:, cached:], [], self.config.image_token_id)

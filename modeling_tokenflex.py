@@ -287,7 +287,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_shapes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,
@@ -316,7 +316,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
                 The entry of `pixel_values` that each run of placeholders shows; `vision_token_grids` is then per run.
                 Defaults to each its own, in order.
-            image_sizes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
+            image_shapes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
                 Accepted since the processor can return them; only `generate` reads the first two.
             mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
                 `{"image": model.get_image_features(...)}`, in place of `pixel_values`. Features without a
@@ -451,7 +451,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         num_vision_tokens: int | tuple[int, int] | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_shapes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, TokenFlexImageOutput] | None = None,

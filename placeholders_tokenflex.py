@@ -31,12 +31,12 @@ def at_count(
         inputs (`Mapping`):
             The output of a processor or collator: `input_ids` of shape `(batch_size, sequence_length)` and, where they
             are there, `attention_mask`, `labels`, `mm_token_type_ids`, `token_type_ids`, `segment_ids`, `sample_ids`,
-            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, `image_sizes` and `num_tiles`.
+            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, `image_shapes` and `num_tiles`.
             Without grids, the uniform count that the placeholders imply is taken. Kept features, in
             `mm_encoder_outputs`, are pooled where they are used. `position_ids` are dropped, other entries kept.
         num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
             A count n*n or grid (rows, columns) for all images, or a list with one per image (or tile). With
-            `image_sizes`, an integer is matched to each image's shape. `None` keeps the counts as encoded.
+            `image_shapes`, an integer is matched to each image's shape. `None` keeps the counts as encoded.
         config ([`TokenFlexConfig`] or [`TokenFlexProcessor`]):
             The model's or the processor's: their `image_token_id` and `patch_grid` are read.
         pad_token_id (`int`, *optional*):
@@ -111,7 +111,7 @@ def encoded_grids(inputs: Mapping, config) -> list[tuple[int, int]]:
 
 def asked_grids(inputs: Mapping, num_vision_tokens, num_images: int, config) -> list[tuple[int, int]]:
     """Resolves a count to a grid per image, by the inputs' shapes and tiles; arguments as for [`at_count`]."""
-    shapes = ("image_sizes", "num_tiles")
+    shapes = ("image_shapes", "num_tiles")
     shapes = {name: torch.as_tensor(inputs[name]).tolist() for name in shapes if inputs.get(name) is not None}
     return resolve_vision_token_grids(num_vision_tokens, num_images, config.patch_grid, **shapes)
 

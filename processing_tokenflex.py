@@ -102,7 +102,7 @@ class TokenFlexProcessor(ProcessorMixin):
     each image, and options of [`TokenFlexImagesKwargs`], the image processor and the tokenizer, it returns a
     [`~transformers.BatchFeature`] of `input_ids`, `attention_mask`; `pixel_values` of shape `(num_tiles, num_channels,
     height, width)`, an uncut image being one tile, and `vision_token_grids` of shape `(num_tiles, 2)`; with
-    `match_aspect_ratio` also `image_sizes` of shape `(num_tiles, 2)`; with `crop_to_patches` also `num_tiles`, one per
+    `match_aspect_ratio` also `image_shapes` of shape `(num_tiles, 2)`, with `crop_to_patches` also `num_tiles` of each
     image. Special tokens are the chat template's to write: none are added unless `add_special_tokens=True`.
 
     Args:
@@ -211,7 +211,7 @@ class TokenFlexProcessor(ProcessorMixin):
     def model_input_names(self):
         # The Trainer's length sampling and batch-size search take the first name.
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "vision_token_grids"]
-        names += ["image_sizes"] if self.match_aspect_ratio else []
+        names += ["image_shapes"] if self.match_aspect_ratio else []
         names += ["num_tiles"] if self.crop_to_patches else []
         return list(dict.fromkeys(names))
 
@@ -256,8 +256,7 @@ class TokenFlexProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """vLLM's question: [`~TokenFlexProcessor.count_vision_tokens`], and the rows of `pixel_values` per image."""
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
-        options = {name: options[name] for name in _OPTIONS if name in options}
-        num_tiles, *_, num_tokens = self._arrange(image_sizes or (), **options)
+        num_tiles, *_, num_tokens = self._arrange(image_sizes or (), *map(options.get, _OPTIONS))
         return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_tiles)
 
     def _arrange(
@@ -290,7 +289,7 @@ class TokenFlexProcessor(ProcessorMixin):
         sizes = sizes if match_aspect_ratio else None
         cut = num_tiles if any(crops) else None
         grids = resolve_vision_token_grids(
-            num_vision_tokens, sum(num_tiles), self.patch_grid, image_sizes=sizes, num_tiles=cut
+            num_vision_tokens, sum(num_tiles), self.patch_grid, image_shapes=sizes, num_tiles=cut
         )
         tokens = iter(rows * columns for rows, columns in grids)
         return num_tiles, grids, sizes, [sum(next(tokens) for _ in range(tiles)) for tiles in num_tiles]
@@ -333,8 +332,10 @@ class TokenFlexProcessor(ProcessorMixin):
             if meant:
                 raise ValueError(f"Unknown argument `{name}`={kwargs[name]!r}: did you mean `{meant[0]}`?")
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
-        options = {name: options[name] for name in _OPTIONS if not isinstance(options.get(name), list | None)}
-        self._arrange([(1, 1)], **options)
+        lists = [name for name in _OPTIONS if isinstance(options.get(name), list)]
+        if lists and kwargs.get("return_text_replacement_offsets"):
+            raise ValueError(f"`{lists[0]}` is a list, by which vLLM mistakes images: install tokenflex beside it.")
+        self._arrange([(1, 1)], **{name: options.get(name) for name in _OPTIONS if name not in lists})
         found = [sample.count(self.image_token) for sample in text or ()]
         if images is None and any(found):
             raise ValueError(f"`text` has {found} image placeholders ({self.image_token}), but no images were passed.")
@@ -363,7 +364,7 @@ class TokenFlexProcessor(ProcessorMixin):
             processed_images["num_tiles"] = num_tiles
         processed_images["vision_token_grids"] = [list(grid) for grid in grids]
         if shown is not None:
-            processed_images["image_sizes"] = [list(size) for size in shown]
+            processed_images["image_shapes"] = [list(size) for size in shown]
         return processed_images, [self.image_token * tokens for tokens in num_tokens]
 
     def _read_tiles(self, images: list, crops: list[bool], limits: dict, options: dict) -> list:

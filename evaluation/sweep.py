@@ -136,8 +136,8 @@ def encode_questions(
             rows = torch.cat([of_image[image] for image in used])
             features.last_hidden_state = features.last_hidden_state[rows]
             asked = {"mm_encoder_outputs": {"image": features}}
-            if "image_sizes" in processed:
-                asked["image_sizes"] = processed["image_sizes"][rows]
+            if "image_shapes" in processed:
+                asked["image_shapes"] = processed["image_shapes"][rows]
             if "num_tiles" in processed:
                 asked["num_tiles"] = tiles[used]
             inputs = place_images(inputs, asked, processor)

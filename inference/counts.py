@@ -110,5 +110,5 @@ class RequestCounts:
         if details and counts != "auto":
             matches = self.processor.match_aspect_ratio if match_aspect_ratio is None else match_aspect_ratio
             sizes = [(1, 1)] * len(details) if matches else None
-            resolve_vision_token_grids(counts, len(details), self.processor.patch_grid, image_sizes=sizes)
+            resolve_vision_token_grids(counts, len(details), self.processor.patch_grid, image_shapes=sizes)
         return counts

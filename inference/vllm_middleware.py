@@ -1,6 +1,7 @@
 """Counts of requests to vLLM's server as this package's users write them: for `vllm serve --middleware`."""
 
 import json
+import re
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -28,7 +29,7 @@ class VisionTokenMiddleware:
 
     def __init__(self, app):
         self.app = app
-        self.counts = None
+        self.counts = self.max_images = None
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -40,9 +41,9 @@ class VisionTokenMiddleware:
             asked = None  # vLLM's to refuse
         if isinstance(asked, dict):
             if self.counts is None:
-                self.counts = load_counts(scope["app"].state.vllm_config.model_config)
+                self.counts, self.max_images = load_limits(scope["app"].state.vllm_config.model_config)
             try:
-                asked = translate(asked, scope["path"], self.counts)
+                asked = translate(asked, scope["path"], self.counts, self.max_images)
             except (ValueError, RecursionError) as error:
                 message = str(error).encode(errors="backslashreplace").decode()  # it may quote half a character
                 refusal = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
@@ -58,14 +59,15 @@ class VisionTokenMiddleware:
         return await self.app(scope, replay, send)
 
 
-def load_counts(model_config) -> RequestCounts:
-    """The counts that vLLM's engine does, by its own processor and defaults."""
+def load_limits(model_config) -> tuple[RequestCounts, int]:
+    """The counts that vLLM's engine does, by its processor and defaults, and the images that a request may have."""
     from vllm.transformers_utils.processor import cached_processor_from_config
 
-    return RequestCounts(cached_processor_from_config(model_config), model_config.hf_config)
+    counts = RequestCounts(cached_processor_from_config(model_config), model_config.hf_config)
+    return counts, model_config.get_multimodal_config().get_limit_per_prompt("image")
 
 
-def translate(body: dict, path: str, counts: RequestCounts) -> dict:
+def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> dict:
     """
     The body as vLLM takes it.
 
@@ -73,9 +75,11 @@ def translate(body: dict, path: str, counts: RequestCounts) -> dict:
         body (`dict`): As in OpenAI's chat completions, with `num_vision_tokens` and each image's `detail`.
         path (`str`): The endpoint.
         counts ([`RequestCounts`]): The counts that the engine does.
+        max_images (`int`): Limit on the number of images.
 
     Raises:
-        ValueError: If a count is not allowed, is asked for where it would be ignored, or a text holds control tokens.
+        ValueError: If a count is not allowed, is asked for where it would be ignored, there are too many images, or a
+            text holds control tokens.
     """
     chat = body.get("messages") if path in CHATS else None
     if not isinstance(chat, list):
@@ -84,10 +88,14 @@ def translate(body: dict, path: str, counts: RequestCounts) -> dict:
                 raise ValueError(f"`{name}` is not taken by {path}, only by {CHATS[0]}: leave it out.")
         return body
     details = read_details(chat, counts.processor.tokenizer)
+    if len(details) > max_images:
+        raise ValueError(f"The request has {len(details)} images, and this engine takes {max_images}.")
     body, options = dict(body), body.get("mm_processor_kwargs") or {}
     if body.get("media_io_kwargs"):
         raise ValueError("`media_io_kwargs` is the server's to set: leave it out.")
-    for name, value in options.items() if isinstance(options, dict) else ():
+    if not isinstance(options, dict):
+        raise ValueError(f"`mm_processor_kwargs`={options!r:.80}: give names with values.")
+    for name, value in options.items():
         if name not in ("num_vision_tokens", *SHAPES) or (name in SHAPES and not isinstance(value, bool | None)):
             known = ", ".join(f"`{known}`" for known in SHAPES)
             raise ValueError(
@@ -99,7 +107,7 @@ def translate(body: dict, path: str, counts: RequestCounts) -> dict:
     if isinstance(template, dict) and "num_vision_tokens" in template:
         body["chat_template_kwargs"] = {k: v for k, v in template.items() if k != "num_vision_tokens"}
         ways.append(template["num_vision_tokens"])
-    ways.append(options.get("num_vision_tokens") if isinstance(options, dict) else None)
+    ways.append(options.get("num_vision_tokens"))
     asked = next((way for way in ways if way is not None), None)
     if asked is None and set(details) <= {None}:
         return body
@@ -140,8 +148,10 @@ def read_details(messages: list, tokenizer) -> list[str | None]:
         refuse_control_tokens(f"messages[{i}].content", "".join(texts), tokenizer)
         for j, part in enumerate(parts):
             if "image_url" in part or part.get("type") in IMAGE_PARTS:
-                source = part.get("image_url")
-                detail = source.get("detail") if isinstance(source, dict) else part.get("detail")
-                check_detail(detail, f"messages[{i}].content[{j}]")
-                details.append(detail)
+                source, where = part.get("image_url"), f"messages[{i}].content[{j}]"
+                source = source if isinstance(source, dict) else {"url": source, "detail": part.get("detail")}
+                if not re.match(r"https?://|data:[^,]*;base64,", str(source.get("url"))):
+                    raise ValueError(f"`{where}`: an image part needs `image_url` with a base64 data: or http(s): URL.")
+                check_detail(source.get("detail"), where)
+                details.append(source.get("detail"))
     return details

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import compress
 
 import torch
+from transformers import BatchFeature
 from vllm.model_executor.models.transformers.causal import CausalMixin
 from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
@@ -22,6 +23,16 @@ from .counts import parse_num_vision_tokens
 
 
 PER_IMAGE = ("num_vision_tokens", "crop_to_patches")
+
+
+def lists_in(options: Mapping[str, object]) -> list[str]:
+    """The names of the options that have an entry for each image."""
+    return [name for name in PER_IMAGE if isinstance(options.get(name), list)]
+
+
+def options_of(index: int, options: Mapping[str, object]) -> dict:
+    """The options of one image alone."""
+    return {**options, **{name: options[name][index] for name in lists_in(options)}}
 
 
 class TokenFlexProcessingInfo(MultiModalProcessingInfo):
@@ -80,8 +91,8 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
         if counts == "auto":
             raise ValueError("`num_vision_tokens`='auto' needs `tokenflex serve`: in vLLM no model chooses a count.")
         options["num_vision_tokens"] = counts
-        for name in PER_IMAGE:
-            if isinstance(options.get(name), list) and len(options[name]) != num_images:
+        for name in lists_in(options):
+            if len(options[name]) != num_images:
                 raise ValueError(
                     f"`{name}` lists {len(options[name])} entries for {num_images} images: give one for each."
                 )
@@ -89,8 +100,7 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs):
         options = inputs.hf_processor_mm_kwargs
-        lists = {name: options[name] for name in PER_IMAGE if isinstance(options.get(name), list)}
-        if not lists:
+        if not lists_in(options):
             return super()._get_mm_hashes(inputs)
         hashes = []
         for i, image in enumerate(inputs.mm_data_items["image"].data):
@@ -98,7 +108,7 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
                 inputs,
                 mm_data_items=self.info.parse_mm_data({"image": [image]}, validate=False),
                 mm_uuid_items={name: items[i : i + 1] for name, items in (inputs.mm_uuid_items or {}).items()},
-                hf_processor_mm_kwargs={**options, **{name: entries[i] for name, entries in lists.items()}},
+                hf_processor_mm_kwargs=options_of(i, options),
             )
             hashes += super()._get_mm_hashes(own)["image"]
         return {"image": hashes}
@@ -106,31 +116,34 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached):
         options = dict(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
         missing = [not is_cached for is_cached in mm_is_cached.get("image", ())]
-        for name in PER_IMAGE:
-            if isinstance(options.get(name), list):
-                options[name] = list(compress(options[name], missing))
-        return options
+        return options | {name: list(compress(options[name], missing)) for name in lists_in(options)}
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
+        if lists_in(hf_kwargs) and "image" in mm_items:
+            each = [
+                self._apply_hf_processor_main(
+                    self.info.parse_mm_data({"image": [image]}, validate=False), options_of(i, hf_kwargs)
+                )
+                for i, image in enumerate(mm_items["image"].data)
+            ]
+            names = each[0].keys() - {"attention_mask"}  # of the dummy text, which vLLM drops
+            return BatchFeature({name: torch.cat([fields[name] for fields in each]) for name in names})
         try:
             fields = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         except ValueError as error:
             # vLLM's own text shows the images in full, and not what is wrong.
             raise error if error.__cause__ is None else ValueError(str(error.__cause__)) from None
         reserved = self.info.get_max_image_tokens()
-        for i, tokens in enumerate(fields.get("image_replacement_sizes", ())):
-            if tokens > reserved:
-                raise ValueError(
-                    f"Image {i} has {tokens} vision tokens, and this engine has reserved {reserved} for one: ask for "
-                    f"fewer, or start it with --mm-processor-kwargs '{{\"num_vision_tokens\": N}}'."
-                )
+        largest = max(fields.get("image_replacement_sizes", ()), default=0)
+        if largest > reserved:
+            raise ValueError(
+                f"An image has {largest} vision tokens, and this engine has reserved {reserved} for each: ask for "
+                f"fewer, or start it with --mm-processor-kwargs '{{\"num_vision_tokens\": N}}'."
+            )
         return fields
 
-    def _unpad_images(self, hf_inputs) -> None:
-        # No image here is padded, and `image_sizes` are those before processing.
-        hf_inputs.pop("image_sizes", None)
-
     def _get_num_image_patches(self, hf_inputs, mm_data, num_images: int) -> torch.Tensor:
+        hf_inputs.pop("image_shapes", None)  # no argument of the tower's
         return torch.as_tensor(hf_inputs.pop("num_tiles", [1] * num_images))
 
 

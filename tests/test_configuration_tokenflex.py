@@ -216,9 +216,9 @@ def test_lists_of_counts_stand_for_images_or_tiles():
         resolve([4, 9, 16], 4, (8, 8), num_tiles=[3, 1])
     with pytest.raises(ValueError, match=r"`num_vision_tokens\[1\]`=5"):
         resolve([4, 5], 4, (8, 8), num_tiles=[3, 1])
-    assert resolve([8, (2, 3)], 2, (8, 8), image_sizes=[(10, 20), (10, 20)]) == [(2, 4), (2, 3)]
-    with pytest.raises(ValueError, match="`image_sizes` holds 1 sizes for 2 images"):
-        resolve(8, 2, (8, 8), image_sizes=[(10, 20)])
+    assert resolve([8, (2, 3)], 2, (8, 8), image_shapes=[(10, 20), (10, 20)]) == [(2, 4), (2, 3)]
+    with pytest.raises(ValueError, match="`image_shapes` holds 1 sizes for 2 images"):
+        resolve(8, 2, (8, 8), image_shapes=[(10, 20)])
 
 
 @pytest.mark.parametrize(

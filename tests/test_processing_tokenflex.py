@@ -343,7 +343,7 @@ def test_grids_that_follow_the_image_do_so_at_every_count(tiny):
     generation = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     inputs = processor(images=images, text=text, num_vision_tokens=30, **options)
     assert inputs["vision_token_grids"].tolist() == [[4, 7], [7, 4]]
-    assert inputs["image_sizes"].tolist() == [[50, 80], [80, 50]]
+    assert inputs["image_shapes"].tolist() == [[50, 80], [80, 50]]
     for count in (10, [3, 17], (2, 5)):
         logits = torch.stack(model.generate(**inputs, num_vision_tokens=count, **generation).logits)
         expected = processor(images=images, text=text, num_vision_tokens=count, **options)

@@ -178,7 +178,7 @@ class TokenFlexDataCollator:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape
             `(batch_size, sequence_length)`, and `segment_ids` where a row has several questions; if there are images,
             `pixel_values` of shape `(num_tiles, num_channels, height, width)` and `vision_token_grids` of shape
-            `(num_tiles, 2)`, where an uncut image is one tile, and `image_sizes` and `num_tiles` as the processor
+            `(num_tiles, 2)`, where an uncut image is one tile, and `image_shapes` and `num_tiles` as the processor
             returns them. `num_skipped_rows` and `num_truncated_rows` count the unusable rows that were passed over and
             those that were cut, if there are any.
 

@@ -77,7 +77,7 @@ def stack_rows(batches: Sequence[dict[str, torch.Tensor]], pad_token_id: int | N
     """
     length = max(batch["input_ids"].shape[1] for batch in batches)
     fills = {"input_ids": pad_token_id or 0, **SEQUENCE_FILL_VALUES}
-    stacked = {key: value for key, value in batches[0].items() if key not in ("image_sizes", "num_tiles")}
+    stacked = {key: value for key, value in batches[0].items() if key not in ("image_shapes", "num_tiles")}
     for key, fill in fills.items():
         if key in stacked:
             stacked[key] = torch.cat([
@@ -146,7 +146,7 @@ def pack_rows(
         flat[target] = values
         return flat.view(len(rows), width)
 
-    packed = {key: value for key, value in batch.items() if key not in ("image_sizes", "num_tiles", "position_ids")}
+    packed = {key: value for key, value in batch.items() if key not in ("image_shapes", "num_tiles", "position_ids")}
     for key, fill in {"input_ids": pad_token_id or 0, **SEQUENCE_FILL_VALUES}.items():
         if batch.get(key) is not None:
             packed[key] = moved(batch[key].flatten()[source], fill)

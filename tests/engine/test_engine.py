@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 import tokenflex  # noqa: F401
 from tokenflex.checkpoints.files import save_checkpoint
@@ -152,13 +153,13 @@ def test_count_of_an_image_changes(engine, reference, compared, checkpoint):
         ([A], {"num_vision_tokens": "auto"}, "needs `tokenflex serve`"),
         ([A], {"num_vision_tokens": "lots"}, "`num_vision_tokens`='lots'"),
         ([A, B], {"crop_to_patches": [True]}, "lists 1 entries for 2 images"),
-        ([WIDE], {"crop_to_patches": True, "max_patches": 3}, "256 vision tokens, and this engine has reserved 64"),
+        ([WIDE], {"crop_to_patches": True, "max_patches": 3}, "192 vision tokens, and this engine has reserved 64"),
         ([A] * 5, {"num_vision_tokens": 4}, "At most 4 image"),
         ([A], {"num_vision_token": 4}, "did you mean `num_vision_tokens`"),
     ],
 )
 def test_refused_with_the_reason(engine, reference, images, options, message):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises((ValueError, VLLMValidationError), match=message):
         list(answers(engine, [request(reference[1], images, **options)]))
 
 

@@ -219,6 +219,6 @@ def test_shapes_and_tiles_may_be_lists(tiny, options):
     model, processor = tiny
     images = [IMAGES[0].resize((120, 60)), IMAGES[1].resize((60, 120))]
     inputs = processor(images=images, text="<|image_pad|> and <|image_pad|>", return_tensors="pt", **options)
-    as_lists = {name: inputs[name].tolist() for name in ("image_sizes", "num_tiles") if name in inputs}
+    as_lists = {name: inputs[name].tolist() for name in ("image_shapes", "num_tiles") if name in inputs}
     expected = answer(model, inputs, num_vision_tokens=4)
     assert_same(answer(model, {**inputs, **as_lists}, num_vision_tokens=4), expected)
