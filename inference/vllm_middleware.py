@@ -151,7 +151,7 @@ def read_details(messages: list, tokenizer) -> list[str | None]:
                 source, where = part.get("image_url"), f"messages[{i}].content[{j}]"
                 source = source if isinstance(source, dict) else {"url": source, "detail": part.get("detail")}
                 if not re.match(r"https?://|data:[^,]*;base64,", str(source.get("url"))):
-                    raise ValueError(f"`{where}`: an image part needs `image_url` with a base64 data: or http(s): URL.")
+                    raise ValueError(f"`{where}`: its `image_url` is no http(s): or base64 data: URL.")
                 check_detail(source.get("detail"), where)
                 details.append(source.get("detail"))
     return details
