@@ -7,7 +7,7 @@ TESTABLE := .venv/.testable
 TESTS ?=
 VERSIONS ?= 5.18.0,torch==2.9.1,torchao==0.16.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 5.24.0,torch==2.14.1
 
-.PHONY: demo test matrix test-upstream reproduce bench docs lint clean
+.PHONY: demo test matrix test-upstream test-vllm reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -22,6 +22,9 @@ matrix: $(TESTABLE)
 
 test-upstream: $(TESTABLE)
 	tests/upstream/run.sh
+
+test-vllm: $(TESTABLE)
+	tests/engine/run.sh $(TESTS)
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce

@@ -59,15 +59,23 @@ class RequestCounts:
         config ([`TokenFlexConfig`]): The checkpoint's configuration.
         num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*):
             The count of requests that ask for none. Defaults to the processor's.
+        can_choose (`bool`, *optional*, defaults to `True`):
+            Whether the server lets a checkpoint choose that has learned to.
 
     Raises:
         ValueError: If the checkpoint cannot do the default.
     """
 
-    def __init__(self, processor, config, num_vision_tokens: int | tuple[int, int] | str | None = None):
+    def __init__(
+        self,
+        processor,
+        config,
+        num_vision_tokens: int | tuple[int, int] | str | None = None,
+        can_choose: bool = True,
+    ):
         self.processor = processor
         self.choices = config.vision_token_choices
-        self.can_choose = config.vision_token_chooser is not None
+        self.can_choose = can_choose and config.vision_token_chooser is not None
         default = processor.num_vision_tokens if num_vision_tokens is None else num_vision_tokens
         self.default = resolve_named_count(parse_num_vision_tokens(default), self.choices)
         self.fallback = processor.num_vision_tokens if self.default == "auto" else self.default

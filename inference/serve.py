@@ -183,16 +183,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--engine",
         choices=["vllm"],
-        help="Serve by vLLM, many requests at once; arguments that are not known here are vLLM's. Default: none.",
+        help="Serve by vLLM, which answers many requests at once. Default: none.",
     )
-    parsed, more = parser.parse_known_args(argv)
-    args = vars(parsed)
+    parser.add_argument("more", nargs="*", help="Behind `--`: arguments of vLLM, such as --tensor-parallel-size 2.")
+    args = vars(parser.parse_args(argv))
     if args.pop("engine") == "vllm":
         for name in ("keep_images", "device", "attn_implementation"):
             if args.pop(name) != parser.get_default(name):
                 parser.error(f"--{name} is not taken with --engine vllm, which has ways of its own")
-        run(**args, more=more)
-    if more:
+        run(**args)
+    if more := args.pop("more"):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     host, port = args.pop("host"), args.pop("port")
     args["device_map"] = args.pop("device")

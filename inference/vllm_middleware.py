@@ -63,7 +63,8 @@ def load_limits(model_config) -> tuple[RequestCounts, int]:
     """The counts that vLLM's engine does, by its processor and defaults, and the images that a request may have."""
     from vllm.transformers_utils.processor import cached_processor_from_config
 
-    counts = RequestCounts(cached_processor_from_config(model_config), model_config.hf_config)
+    processor = cached_processor_from_config(model_config)
+    counts = RequestCounts(processor, model_config.hf_config, can_choose=False)
     return counts, model_config.get_multimodal_config().get_limit_per_prompt("image")
 
 
@@ -111,12 +112,12 @@ def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> 
     asked = next((way for way in ways if way is not None), None)
     if asked is None and set(details) <= {None}:
         return body
-    resolved = counts.resolve(asked, details, options.get("match_aspect_ratio"))
-    if resolved == "auto":
+    if asked == "auto":
         raise ValueError(
             "`num_vision_tokens`='auto' needs `tokenflex serve` without an engine: in vLLM no model chooses a count. "
             f"Ask for 'low' ({min(counts.choices)}), 'high' ({max(counts.choices)}) or any count."
         )
+    resolved = counts.resolve(asked, details, options.get("match_aspect_ratio"))
     if details:
         body["mm_processor_kwargs"] = {**options, "num_vision_tokens": as_json(resolved)}
     return body

@@ -47,7 +47,7 @@ def reference(checkpoint):
 def server(checkpoint):
     command = [sys.executable, "-m", "tokenflex", "serve", "--engine", "vllm", "--model_name_or_path", str(checkpoint)]
     command += ["--port", str(PORT), "--num_vision_tokens", "36", "--max_images", "4", "--max_megapixels", "1"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--dtype", "float32", "--", "--enforce-eager", "--max-model-len", "1024"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = []
     for line in running.stdout:
@@ -141,7 +141,7 @@ def test_counts_as_users_write_them(server, reference, counts, details):
     [
         ({"num_vision_tokens": 5}, "`num_vision_tokens`=5"),
         ({"num_vision_tokens": [16, 4, 4]}, "lists 3 counts for 2 images"),
-        ({"num_vision_tokens": "auto"}, "not learned to choose"),
+        ({"num_vision_tokens": "auto"}, "needs `tokenflex serve` without an engine"),
         ({"num_vision_tokens": {"a": 1}}, "give a count such as 64"),
         ({"num_vision_tokens": 64}, "An image has 64 vision tokens, and this engine has reserved 36"),
         ({"details": ["fine", None]}, "`detail`='fine'"),

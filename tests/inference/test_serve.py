@@ -362,7 +362,7 @@ def test_a_default_that_the_checkpoint_cannot_do_is_refused_at_the_start(tiny, s
 
 def test_the_documented_request_is_answered(server, capsys):
     client, model, _ = server
-    [block] = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "docs/serving.md").read_text(), re.DOTALL)
+    block, _ = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "docs/serving.md").read_text(), re.DOTALL)
     block = block.replace("http://localhost:8000/v1", str(client.base_url)).replace("outputs/demo/checkpoint", model)
     exec(block.replace("data:image/png;base64,...", data_url(IMAGES[0])), {})
     assert (

@@ -63,7 +63,7 @@ def test_the_middleware_is_there(started, checkpoint):
 
 
 def test_limits_and_arguments_that_are_vllms_are_passed_on(started, checkpoint):
-    arguments = ["--max_images", "3", "--max_megapixels", "2", "--port", "81", "--tensor-parallel-size", "2"]
+    arguments = ["--max_images", "3", "--max_megapixels", "2", "--port", "81", "--", "--tensor-parallel-size", "2"]
     command, environment = started("--model_name_or_path", checkpoint, *arguments)
     assert json.loads(option(command, "--limit-mm-per-prompt")) == {"image": 3}
     assert environment["VLLM_MAX_IMAGE_PIXELS"] == "2000000"
@@ -76,7 +76,7 @@ def test_limits_and_arguments_that_are_vllms_are_passed_on(started, checkpoint):
     [
         (["--engine", "vllm", "--keep_images", "3"], "--keep_images is not taken with --engine vllm"),
         (["--engine", "vllm", "--device", "cpu"], "--device is not taken with --engine vllm"),
-        (["--tensor-parallel-size", "2"], "unrecognized arguments: --tensor-parallel-size 2"),
+        (["--", "--tensor-parallel-size", "2"], "unrecognized arguments: --tensor-parallel-size 2"),
     ],
 )
 def test_arguments_of_the_other_server_are_refused(checkpoint, capsys, arguments, message):

@@ -78,7 +78,10 @@ def test_shapes_are_the_requests_to_choose(counts):
     [
         (body(part(), num_vision_tokens=5), "`num_vision_tokens`=5: a vision-token count is a square"),
         (body(part(), num_vision_tokens=[4, 4]), "lists 2 counts for 1 images"),
-        (body(part(), num_vision_tokens="auto"), "has not learned to choose"),
+        (
+            body(part(), num_vision_tokens="auto"),
+            "`num_vision_tokens`='auto' needs `tokenflex serve` without an engine",
+        ),
         (body(part("fine")), "`messages[0].content[0]`: `detail`='fine'"),
         (body(part(), mm_processor_kwargs={"size": {"height": 9}}), "`mm_processor_kwargs.size`"),
         (
@@ -99,11 +102,11 @@ def test_refused_with_the_reason(counts, asked, message):
     assert message in str(error.value)
 
 
-def test_auto_is_the_other_servers(calibrated):
-    counts = RequestCounts(calibrated[1], calibrated[0].config)
-    for asked in (body(part(), num_vision_tokens="auto"), body(part("auto"))):
-        with pytest.raises(ValueError, match="needs `tokenflex serve` without an engine"):
-            translate(counts, asked)
+def test_a_checkpoint_that_chooses_has_the_default_there(calibrated):
+    counts = RequestCounts(calibrated[1], calibrated[0].config, can_choose=False)
+    assert translate(counts, body(part("auto")))["mm_processor_kwargs"] == {"num_vision_tokens": [36]}
+    with pytest.raises(ValueError, match="needs `tokenflex serve` without an engine"):
+        translate(counts, body(part(), num_vision_tokens="auto"))
 
 
 @pytest.mark.parametrize("name", ["num_vision_tokens", "mm_processor_kwargs", "media_io_kwargs"])

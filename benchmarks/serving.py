@@ -1,0 +1,192 @@
+"""
+Both servers under load: vLLM and `tokenflex serve` without an engine, side by side on one machine.
+
+    pip install vllm  # or the environment that `make test-vllm` builds
+    python benchmarks/serving.py --output_dir outputs/serving
+
+A checkpoint of random weights is written with SmolLM2-135M's shapes behind a tower of SigLIP-base's width and four
+layers. Clients ask one after the other, each without a pause, for 16 tokens on an image that no cache has seen, at one
+count or at mixed ones. Both servers are up all the time and take turns, cell by cell, so that a machine's other work
+meets both. Answers are compared between the servers. The last line printed is one JSON object.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GenerationConfig, LlamaConfig, SiglipImageProcessorPil, SiglipVisionConfig
+
+from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
+from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.towers.tiny import train_tokenizer
+
+
+COUNTS, CLIENTS, NEW_TOKENS = (64, 144, 256), (1, 8, 32), 16
+QUESTION = "What is to be seen here, where does it stand, and which of its colors is the brightest one of all?"
+PORTS = {"vllm": 18401, "tokenflex": 18402}
+
+
+def write_checkpoint(path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([QUESTION] * 20)
+    config = TokenFlexConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            image_size=256,
+            patch_size=16,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    )
+    model = TokenFlexForConditionalGeneration(config)
+    # As the tokenizer's ids, which are all that answers may hold; no answer ends early.
+    suppressed = [config.image_token_id]
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, suppress_tokens=suppressed)
+    processor = TokenFlexProcessor(
+        SiglipImageProcessorPil(size={"height": 256, "width": 256}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        tokenizer,
+        patch_size=16,
+    )
+    save_checkpoint(path, model, processor)
+
+
+def start(engine: str, path: Path, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tokenflex", "serve", "--model_name_or_path", str(path), "--dtype", "float32"]
+    command += ["--port", str(PORTS[engine])]
+    if engine == "vllm":
+        command += ["--engine", "vllm", "--", "--max-model-len", "1024", "--max-num-seqs", "32"]
+        command += ["--generation-config", "vllm"]
+    else:
+        command += ["--device", "cpu"]
+    running = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    with httpx.Client(base_url=f"http://localhost:{PORTS[engine]}") as client:
+        while running.poll() is None:
+            try:
+                if client.get("/health").status_code == 200:
+                    return running
+            except httpx.HTTPError:
+                time.sleep(1)
+    raise RuntimeError(f"{engine} did not start:\n{log.read_text()[-3000:]}")
+
+
+def draw_image(seed: int) -> str:
+    """A photo-like image, smooth and with noise, as a `data:` URL."""
+    draw = np.random.default_rng(seed)
+    coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((320, 240), Image.BICUBIC)
+    noisy = np.asarray(coarse, dtype=np.int16) + draw.integers(-8, 9, (240, 320, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+async def ask(client: httpx.AsyncClient, seed: int, count: int) -> tuple[str, float, float]:
+    """The answer, seconds to its first token and to its last."""
+    part = {"type": "image_url", "image_url": {"url": draw_image(seed)}}
+    message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
+    body = {"messages": [message], "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    started, first, said = time.perf_counter(), None, ""
+    async with client.stream("POST", "/v1/chat/completions", json={**body, "num_vision_tokens": count}) as reply:
+        if reply.status_code != 200:
+            raise RuntimeError(f"status {reply.status_code}: {(await reply.aread()).decode()[:500]}")
+        async for line in reply.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise RuntimeError(str(event))
+                piece = event["choices"][0]["delta"].get("content") if event["choices"] else ""
+                first = first or (time.perf_counter() - started if piece else None)
+                said += piece or ""
+    ended = time.perf_counter() - started
+    return said, first or ended, ended
+
+
+async def load(
+    engine: str, clients: int, counts: tuple[int, ...], seconds: float, first_seed: int, answers: dict
+) -> dict:
+    """Requests of so many clients for so long: those that end within the time count."""
+    seeds, draw, taken = itertools.count(first_seed), random.Random(first_seed), []
+    async with httpx.AsyncClient(base_url=f"http://localhost:{PORTS[engine]}", timeout=600) as client:
+        await ask(client, first_seed - 1, counts[0])  # warms up
+        started = time.perf_counter()
+
+        async def run():
+            while time.perf_counter() - started < seconds:
+                seed, count = next(seeds), draw.choice(counts)
+                said, first, _ = await ask(client, seed, count)
+                answers.setdefault((seed, count), {})[engine] = said
+                taken.append((time.perf_counter() - started, first))
+
+        await asyncio.gather(*(run() for _ in range(clients)))
+    within = [first for ended, first in taken if ended <= seconds]
+    last = max(ended for ended, _ in taken)
+    return {
+        "requests": len(taken),
+        "requests_per_second": round(len(taken) / last, 3),
+        "first_token_ms": round(1000 * statistics.median(within or [first for _, first in taken])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=20, help="Of a cell. Default: %(default)s.")
+    parser.add_argument("--mixed_seconds", type=float, default=120, help="Of 32 clients at all counts. Default: 120.")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "checkpoint"
+    write_checkpoint(path)
+    servers = [start(engine, path, args.output_dir / f"{engine}.log") for engine in PORTS]
+    answers, rows = {}, []
+    cells = [(clients, (count,), args.seconds) for clients in CLIENTS for count in COUNTS]
+    try:
+        for number, (clients, counts, seconds) in enumerate([*cells, (32, COUNTS, args.mixed_seconds)]):
+            row = {"clients": clients, "counts": list(counts)}
+            for engine in PORTS:
+                row[engine] = asyncio.run(load(engine, clients, counts, seconds, 100_000 * (number + 1), answers))
+            row["vllm_over_tokenflex"] = round(
+                row["vllm"]["requests_per_second"] / row["tokenflex"]["requests_per_second"], 2
+            )
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    finally:
+        for server in servers:
+            server.terminate()
+    both = [said for said in answers.values() if len(said) == 2]
+    summary = {
+        "rows": rows,
+        "answers_compared": len(both),
+        "answers_equal": sum(said["vllm"] == said["tokenflex"] for said in both),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    (args.output_dir / "results.json").write_text(json.dumps(summary, indent=2))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
