@@ -5,7 +5,7 @@ Both servers under load: vLLM and `tokenflex serve` without an engine, side by s
     python benchmarks/serving.py --output_dir outputs/serving
 
 A checkpoint of random weights is written with SmolLM2-135M's shapes behind a tower of SigLIP-base's width and four
-layers. Clients ask one after the other, each without a pause, for 16 tokens on an image that no cache has seen, at one
+layers. Clients ask one after the other, each without a pause, for 64 tokens on an image that no cache has seen, at one
 count or at mixed ones. Both servers are up all the time and take turns, cell by cell, so that a machine's other work
 meets both. Answers are compared between the servers. The last line printed is one JSON object.
 """
@@ -26,15 +26,25 @@ from pathlib import Path
 import httpx
 import numpy as np
 import torch
+from limits import decode_work, limit_seconds, measure_rates, prefill_work, projector_work, tower_work
 from PIL import Image
-from transformers import GenerationConfig, LlamaConfig, SiglipImageProcessorPil, SiglipVisionConfig
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.towers.tiny import train_tokenizer
 
 
-COUNTS, CLIENTS, NEW_TOKENS = (64, 144, 256), (1, 8, 32), 16
+COUNTS, CLIENTS, NEW_TOKENS = (64, 144, 256), (1, 8, 32), 64
+TOKEN_END = "]"
 QUESTION = "What is to be seen here, where does it stand, and which of its colors is the brightest one of all?"
 PORTS = {"vllm": 18401, "tokenflex": 18402}
 
@@ -42,6 +52,14 @@ PORTS = {"vllm": 18401, "tokenflex": 18402}
 def write_checkpoint(path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer([QUESTION] * 20)
+    layout = json.loads(tokenizer.backend_tokenizer.to_str())
+    named = {
+        f"Ġ[{index}{TOKEN_END}": index for index in range(len(tokenizer), 49152)
+    }  # so that answers can be counted
+    layout["model"]["vocab"] |= named
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(layout)), **tokenizer.special_tokens_map, padding_side="left"
+    )
     config = TokenFlexConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=768,
@@ -64,7 +82,7 @@ def write_checkpoint(path: Path) -> None:
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
     )
     model = TokenFlexForConditionalGeneration(config)
-    # As the tokenizer's ids, which are all that answers may hold; no answer ends early.
+    # No id ends an answer.
     suppressed = [config.image_token_id]
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, suppress_tokens=suppressed)
     processor = TokenFlexProcessor(
@@ -79,7 +97,7 @@ def start(engine: str, path: Path, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "tokenflex", "serve", "--model_name_or_path", str(path), "--dtype", "float32"]
     command += ["--port", str(PORTS[engine])]
     if engine == "vllm":
-        command += ["--engine", "vllm", "--", "--max-model-len", "1024", "--max-num-seqs", "32"]
+        command += ["--engine", "vllm", "--", "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager"]
         command += ["--generation-config", "vllm"]
     else:
         command += ["--device", "cpu"]
@@ -104,12 +122,12 @@ def draw_image(seed: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-async def ask(client: httpx.AsyncClient, seed: int, count: int) -> tuple[str, float, float]:
-    """The answer, seconds to its first token and to its last."""
+async def ask(client: httpx.AsyncClient, seed: int, count: int, events: list) -> str:
+    """The answer; each piece is noted with its time, its tokens and, if it is the first, the seconds until it."""
     part = {"type": "image_url", "image_url": {"url": draw_image(seed)}}
     message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
     body = {"messages": [message], "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
-    started, first, said = time.perf_counter(), None, ""
+    started, said = time.perf_counter(), ""
     async with client.stream("POST", "/v1/chat/completions", json={**body, "num_vision_tokens": count}) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"status {reply.status_code}: {(await reply.aread()).decode()[:500]}")
@@ -118,48 +136,65 @@ async def ask(client: httpx.AsyncClient, seed: int, count: int) -> tuple[str, fl
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     raise RuntimeError(str(event))
-                piece = event["choices"][0]["delta"].get("content") if event["choices"] else ""
-                first = first or (time.perf_counter() - started if piece else None)
-                said += piece or ""
-    ended = time.perf_counter() - started
-    return said, first or ended, ended
+                piece = event["choices"][0]["delta"].get("content") or ""
+                if piece:
+                    now = time.perf_counter()
+                    events.append((now, piece.count(TOKEN_END), None if said else now - started))
+                    said += piece
+    return said
 
 
-async def load(
-    engine: str, clients: int, counts: tuple[int, ...], seconds: float, first_seed: int, answers: dict
-) -> dict:
-    """Requests of so many clients for so long: those that end within the time count."""
-    seeds, draw, taken = itertools.count(first_seed), random.Random(first_seed), []
+async def load(engine: str, clients: int, counts: tuple[int, ...], seconds: float, seed: int, answers: dict) -> dict:
+    """Clients that ask without a pause; what comes in the first third of the time warms up and does not count."""
+    seeds, draw, events, ended = itertools.count(seed), random.Random(seed), [], 0
     async with httpx.AsyncClient(base_url=f"http://localhost:{PORTS[engine]}", timeout=600) as client:
-        await ask(client, first_seed - 1, counts[0])  # warms up
-        started = time.perf_counter()
 
         async def run():
-            while time.perf_counter() - started < seconds:
-                seed, count = next(seeds), draw.choice(counts)
-                said, first, _ = await ask(client, seed, count)
-                answers.setdefault((seed, count), {})[engine] = said
-                taken.append((time.perf_counter() - started, first))
+            nonlocal ended
+            while True:
+                image, count = next(seeds), draw.choice(counts)
+                said = await ask(client, image, count, events)
+                answers.setdefault((image, count), {})[engine] = said
+                ended += 1
 
-        await asyncio.gather(*(run() for _ in range(clients)))
-    within = [first for ended, first in taken if ended <= seconds]
-    last = max(ended for ended, _ in taken)
+        running = [asyncio.create_task(run()) for _ in range(clients)]
+        done, _ = await asyncio.wait(running, timeout=1.5 * seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        end = time.perf_counter()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    within = [event for event in events if end - seconds <= event[0] <= end]
+    firsts = [waited for _, tokens, waited in within if waited is not None]
+    tokens = sum(tokens for _, tokens, _ in within)
     return {
-        "requests": len(taken),
-        "requests_per_second": round(len(taken) / last, 3),
-        "first_token_ms": round(1000 * statistics.median(within or [first for _, first in taken])),
+        "ended": ended,
+        "tokens_per_second": round(tokens / seconds, 2),
+        "requests_per_second": round(tokens / seconds / NEW_TOKENS, 3),
+        "first_token_ms": round(1000 * statistics.median(firsts)) if firsts else None,
     }
+
+
+def predict(config, clients: int, count: int, rates) -> float:
+    """Seconds of a request at the machine's limits, where its decoding shares every reading of weights with others."""
+    text, length = config.text_config, count + 40
+    prompt = tower_work(config.vision_config, 1, 4) + projector_work(config, 1, count, 4)
+    prompt += prefill_work(text, 1, length, 4)
+    step = decode_work(text, clients, length + NEW_TOKENS // 2, 4)
+    return limit_seconds(prompt, rates) + NEW_TOKENS * limit_seconds(step, rates) / clients
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=20, help="Of a cell. Default: %(default)s.")
+    parser.add_argument("--seconds", type=float, default=16, help="Of a cell. Default: %(default)s.")
     parser.add_argument("--mixed_seconds", type=float, default=120, help="Of 32 clients at all counts. Default: 120.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "checkpoint"
     write_checkpoint(path)
+    config, rates = AutoConfig.from_pretrained(path), measure_rates("cpu", torch.float32)
     servers = [start(engine, path, args.output_dir / f"{engine}.log") for engine in PORTS]
     answers, rows = {}, []
     cells = [(clients, (count,), args.seconds) for clients in CLIENTS for count in COUNTS]
@@ -167,10 +202,11 @@ def main() -> None:
         for number, (clients, counts, seconds) in enumerate([*cells, (32, COUNTS, args.mixed_seconds)]):
             row = {"clients": clients, "counts": list(counts)}
             for engine in PORTS:
-                row[engine] = asyncio.run(load(engine, clients, counts, seconds, 100_000 * (number + 1), answers))
-            row["vllm_over_tokenflex"] = round(
-                row["vllm"]["requests_per_second"] / row["tokenflex"]["requests_per_second"], 2
-            )
+                row[engine] = asyncio.run(load(engine, clients, counts, seconds, 100_000 * number, answers))
+            if len(counts) == 1:
+                row["predicted"] = round(1 / predict(config, clients, *counts, rates), 3)
+            speeds = [row[engine]["tokens_per_second"] for engine in PORTS]
+            row["vllm_over_tokenflex"] = round(speeds[0] / speeds[1], 2) if all(speeds) else None
             rows.append(row)
             print(json.dumps(row), flush=True)
     finally:

@@ -80,7 +80,7 @@ def test_shapes_are_the_requests_to_choose(counts):
         (body(part(), num_vision_tokens=[4, 4]), "lists 2 counts for 1 images"),
         (
             body(part(), num_vision_tokens="auto"),
-            "`num_vision_tokens`='auto' needs `tokenflex serve` without an engine",
+            "'auto' needs `tokenflex serve` without an engine",
         ),
         (body(part("fine")), "`messages[0].content[0]`: `detail`='fine'"),
         (body(part(), mm_processor_kwargs={"size": {"height": 9}}), "`mm_processor_kwargs.size`"),
