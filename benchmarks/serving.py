@@ -53,9 +53,7 @@ def write_checkpoint(path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer([QUESTION] * 20)
     layout = json.loads(tokenizer.backend_tokenizer.to_str())
-    named = {
-        f"Ġ[{index}{TOKEN_END}": index for index in range(len(tokenizer), 49152)
-    }  # so that answers can be counted
+    named = {f"Ġ[{index}{TOKEN_END}": index for index in range(len(tokenizer), 49152)}  # to count them by
     layout["model"]["vocab"] |= named
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(layout)), **tokenizer.special_tokens_map, padding_side="left"

@@ -50,6 +50,12 @@ def encode(processor, images_per_row, count=36, words=(QUESTION, "hi", "how tall
     return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
 
 
+def chat_prompt(processor, images, question):
+    """The text of a question behind images, as the chat template has it."""
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 def generate(model, inputs, **kwargs):
     """The sequences of five new tokens at most, and the logits they were chosen by."""
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

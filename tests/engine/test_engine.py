@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import chat_prompt
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -30,6 +31,11 @@ def checkpoint(request, pristine, tmp_path_factory):
     return path if path.is_dir() else pytest.skip(f"no {path}: run `make demo` first")
 
 
+@pytest.fixture
+def label(request):
+    return request.node.callspec.params["checkpoint"]
+
+
 @pytest.fixture(scope="module")
 def reference(checkpoint):
     return AutoModelForImageTextToText.from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
@@ -51,13 +57,8 @@ def engine(checkpoint):
     llm.llm_engine.engine_core.shutdown()
 
 
-def prompt(processor, images, question=QUESTION):
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
 def request(processor, images, question=QUESTION, **options):
-    asked = {"prompt": prompt(processor, images, question)}
+    asked = {"prompt": chat_prompt(processor, images, question)}
     return asked | ({"multi_modal_data": {"image": images}, "mm_processor_kwargs": options} if images else {})
 
 
@@ -65,7 +66,8 @@ def expected(reference, images, question=QUESTION, **options):
     """The prompt's ids, the ids that `generate` answers with, and their log probabilities."""
     model, processor = reference
     options = {"num_vision_tokens": 64, **options} if images else {}
-    inputs = processor(images=images or None, text=prompt(processor, images, question), return_tensors="pt", **options)
+    text = chat_prompt(processor, images, question)
+    inputs = processor(images=images or None, text=text, return_tensors="pt", **options)
     output = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
@@ -129,20 +131,20 @@ def compare(engine, reference, cases, compared, where):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_alone(engine, reference, compared, checkpoint, name):
-    compare(engine, reference, {name: CASES[name]}, compared, f"{checkpoint.parent.name}, alone")
+def test_alone(engine, reference, compared, label, name):
+    compare(engine, reference, {name: CASES[name]}, compared, f"{label}, alone")
 
 
-def test_together(engine, reference, compared, checkpoint):
+def test_together(engine, reference, compared, label):
     """In one batch, in the other order, so that every cache holds something of everything."""
-    compare(engine, reference, dict(reversed(CASES.items())), compared, f"{checkpoint.parent.name}, in one batch")
+    compare(engine, reference, dict(reversed(CASES.items())), compared, f"{label}, in one batch")
 
 
-def test_count_of_an_image_changes(engine, reference, compared, checkpoint):
+def test_count_of_an_image_changes(engine, reference, compared, label):
     counts = {
         f"{count} tokens, {i}.": ([A], {"num_vision_tokens": count}) for i, count in enumerate((4, 36, 4, 16, 36))
     }
-    compare(engine, reference, counts, compared, f"{checkpoint.parent.name}, in turn")
+    compare(engine, reference, counts, compared, f"{label}, in turn")
 
 
 @pytest.mark.parametrize(

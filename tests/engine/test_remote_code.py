@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from helpers import chat_prompt
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401
@@ -13,6 +14,7 @@ from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
 
 
+QUESTION = "which color is the paper?"
 SCRIPT = """
 import json, sys
 
@@ -35,13 +37,8 @@ for asked in requests:
 """
 
 
-def prompt(processor, images):
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": "which color is the paper?"}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
 def expected(model, processor, images, options):
-    inputs = processor(images=images, text=prompt(processor, images), return_tensors="pt", **options)
+    inputs = processor(images=images, text=chat_prompt(processor, images, QUESTION), return_tensors="pt", **options)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     length = inputs["input_ids"].shape[1]
@@ -65,7 +62,7 @@ def test_answers_as_generate_does(pristine, tmp_path):
     refused = ([0, 1], {"num_vision_tokens": [16, 4]})
     requests = [
         {
-            "prompt": prompt(processor, which),
+            "prompt": chat_prompt(processor, which, QUESTION),
             "images": [str(tmp_path / f"{index}.png") for index in which],
             "options": options,
         }

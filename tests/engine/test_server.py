@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers import chat_prompt
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -90,8 +91,7 @@ def ask(server, asked):
 def expected(reference, images, question, counts=None, details=None, **options):
     """The ids of the prompt, and those that `generate` answers with."""
     model, processor, resolver = reference
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = chat_prompt(processor, images, question)
     matches = options.get("match_aspect_ratio")
     resolved = resolver.resolve(counts, details or [None] * len(images), matches)
     options = {"num_vision_tokens": resolved, **options} if images else {}

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import give_chooser
+from helpers import chat_prompt, give_chooser
 
 from tokenflex.data.synthetic import draw_scene
 
@@ -16,9 +16,8 @@ def encode():
     """Encodes a question behind images, as the chat template has it."""
 
     def encode(processor, images, question, **options):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return processor(images=images or None, text=prompt, return_tensors="pt", **options)
+        text = chat_prompt(processor, images, question)
+        return processor(images=images or None, text=text, return_tensors="pt", **options)
 
     return encode
 
