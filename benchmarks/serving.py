@@ -16,6 +16,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.towers.tiny import train_tokenizer
 
 
-COUNTS, CLIENTS, NEW_TOKENS = (64, 144, 256), (1, 8, 32), 64
+NEW_TOKENS = 64
 TOKEN_END = "]"
 QUESTION = "What is to be seen here, where does it stand, and which of its colors is the brightest one of all?"
 PORTS = {"vllm": 18401, "tokenflex": 18402}
@@ -99,7 +100,9 @@ def start(engine: str, path: Path, log: Path) -> subprocess.Popen:
         command += ["--generation-config", "vllm"]
     else:
         command += ["--device", "cpu"]
-    running = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    # By itself vLLM's CPU build keeps a core for its front end, which is half of two.
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    running = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env={**os.environ, **threads})
     with httpx.Client(base_url=f"http://localhost:{PORTS[engine]}") as client:
         while running.poll() is None:
             try:
@@ -142,7 +145,7 @@ async def ask(client: httpx.AsyncClient, seed: int, count: int, events: list) ->
     return said
 
 
-async def load(engine: str, clients: int, counts: tuple[int, ...], seconds: float, seed: int, answers: dict) -> dict:
+async def load(engine: str, clients: int, counts: list[int], seconds: float, seed: int, answers: dict) -> dict:
     """Clients that ask without a pause; what comes in the first third of the time warms up and does not count."""
     seeds, draw, events, ended = itertools.count(seed), random.Random(seed), [], 0
     async with httpx.AsyncClient(base_url=f"http://localhost:{PORTS[engine]}", timeout=600) as client:
@@ -187,7 +190,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=16, help="Of a cell. Default: %(default)s.")
-    parser.add_argument("--mixed_seconds", type=float, default=120, help="Of 32 clients at all counts. Default: 120.")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="Default: %(default)s.")
+    parser.add_argument("--counts", type=int, nargs="+", default=[64, 144, 256], help="Default: %(default)s.")
+    parser.add_argument(
+        "--mixed_seconds", type=float, default=120, help="Of 32 clients at all counts; 0 for none. Default: 120."
+    )
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "checkpoint"
@@ -195,10 +202,14 @@ def main() -> None:
     config, rates = AutoConfig.from_pretrained(path), measure_rates("cpu", torch.float32)
     servers = [start(engine, path, args.output_dir / f"{engine}.log") for engine in PORTS]
     answers, rows = {}, []
-    cells = [(clients, (count,), args.seconds) for clients in CLIENTS for count in COUNTS]
+    # So many clients wait for each other: the time has to hold several answers of each.
+    cells = [
+        (clients, [count], args.seconds * max(1, clients / 8)) for clients in args.clients for count in args.counts
+    ]
+    cells += [(32, args.counts, args.mixed_seconds)] if args.mixed_seconds else []
     try:
-        for number, (clients, counts, seconds) in enumerate([*cells, (32, COUNTS, args.mixed_seconds)]):
-            row = {"clients": clients, "counts": list(counts)}
+        for number, (clients, counts, seconds) in enumerate(cells):
+            row = {"clients": clients, "counts": counts}
             for engine in PORTS:
                 row[engine] = asyncio.run(load(engine, clients, counts, seconds, 100_000 * number, answers))
             if len(counts) == 1:
