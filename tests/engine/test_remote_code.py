@@ -31,7 +31,7 @@ for asked in requests:
     try:
         [output] = llm.generate([prompt | {"multi_modal_data": {"image": images}}], greedy, use_tqdm=False)
         said = [output.prompt_token_ids, list(output.outputs[0].token_ids)]
-    except ValueError as error:
+    except Exception as error:
         said = f"{error} {error.__cause__}"
     print("SAID", json.dumps(said))
 """
@@ -59,20 +59,22 @@ def test_answers_as_generate_does(pristine, tmp_path):
     cases = [([0], {"num_vision_tokens": count}) for count in (4, 36, 16, 4)]
     cases += [([0, 1], {"num_vision_tokens": 16}), ([1, 0], {"num_vision_tokens": 16})]
     cases += [([2, 3], {"num_vision_tokens": 16, "match_aspect_ratio": True})]
-    refused = ([0, 1], {"num_vision_tokens": [16, 4]})
+    # By the config, whose field it is not, and by the processor.
+    refused = [([0, 1], {"num_vision_tokens": [16, 4]}), ([0, 1], {"crop_to_patches": [True, False]})]
     requests = [
         {
             "prompt": chat_prompt(processor, which, QUESTION),
             "images": [str(tmp_path / f"{index}.png") for index in which],
             "options": options,
         }
-        for which, options in [*cases, refused]
+        for which, options in [*cases, *refused]
     ]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "checkpoint"), json.dumps(requests)]
     environment = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]
     said = [json.loads(line.removeprefix("SAID ")) for line in run.stdout.splitlines() if line.startswith("SAID ")]
-    assert "`num_vision_tokens` is a list, by which vLLM mistakes images" in said.pop()
+    assert "`crop_to_patches` is a list, by which vLLM mistakes images" in said.pop()
+    assert "num_vision_tokens" in said.pop()
     for (which, options), found in zip(cases, said, strict=True):
         assert found == expected(model, processor, [images[index] for index in which], options), (which, options)

@@ -19,6 +19,7 @@ import tokenflex  # noqa: F401
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
 from tokenflex.inference.counts import RequestCounts
+from tokenflex.inference.vllm_middleware import FIELDS
 
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", 500))
@@ -271,7 +272,8 @@ def draw_request(draw: random.Random):
     if draw.random() < 0.4:
         wrong = draw.choice(WRONG)
         if images or "messages" in wrong or "max_tokens" in wrong or "temperature" in wrong:
-            return {**asked, **wrong}, None
+            plain = {name: value for name, value in asked.items() if name not in FIELDS}
+            return {**plain, **wrong}, None
     return asked, {"images": [image for image, _ in pairs], "question": question, **wanted}
 
 
