@@ -332,10 +332,8 @@ class TokenFlexProcessor(ProcessorMixin):
             if meant:
                 raise ValueError(f"Unknown argument `{name}`={kwargs[name]!r}: did you mean `{meant[0]}`?")
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
-        lists = [name for name in _OPTIONS if isinstance(options.get(name), list)]
-        if lists and kwargs.get("return_text_replacement_offsets"):
-            raise ValueError(f"`{lists[0]}` is a list, by which vLLM mistakes images: install tokenflex beside it.")
-        self._arrange([(1, 1)], **{name: options.get(name) for name in _OPTIONS if name not in lists})
+        options = {name: options[name] for name in _OPTIONS if not isinstance(options.get(name), list | None)}
+        self._arrange([(1, 1)], **options)
         found = [sample.count(self.image_token) for sample in text or ()]
         if images is None and any(found):
             raise ValueError(f"`text` has {found} image placeholders ({self.image_token}), but no images were passed.")

@@ -372,15 +372,6 @@ def test_options_of_the_processor_are_saved_and_can_be_changed_on_loading(tiny, 
     assert "crop_to_patches" not in AutoProcessor.from_pretrained(tmp_path).tokenizer.init_kwargs
 
 
-@pytest.mark.parametrize("options", [{"num_vision_tokens": [16, 4]}, {"crop_to_patches": [True, False]}])
-def test_lists_are_refused_where_an_engine_would_mistake_images_by_them(tiny, options):
-    """vLLM asks for offsets and keeps each image under all options, which tell nothing of its place among others."""
-    images, text = [IMAGE] * 2, TEXT * 2
-    assert len(tiny[1](images=images, text=text, **options)["vision_token_grids"]) >= 2
-    with pytest.raises(ValueError, match="is a list, by which vLLM mistakes images: install tokenflex"):
-        tiny[1](images=images, text=text, return_text_replacement_offsets=True, **options)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
