@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
 from ..checkpoints.provenance import is_hub_id
-from .vllm_command import run
+from .vllm_command import run_vllm
 
 
 try:
@@ -169,7 +169,10 @@ def main(argv: list[str] | None = None) -> None:
         "Default: the checkpoint's.",
     )
     parser.add_argument(
-        "--max_megapixels", type=float, default=64, help="Of a request's images together. Default: %(default)s."
+        "--max_megapixels",
+        type=float,
+        default=64,
+        help="Of a request's images; with vLLM of each. Default: 64.",
     )
     parser.add_argument("--max_images", type=int, default=32, help="Images of a request. Default: %(default)s.")
     parser.add_argument(
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("keep_images", "device", "attn_implementation"):
             if args.pop(name) != parser.get_default(name):
                 parser.error(f"--{name} is not taken with --engine vllm, which has ways of its own")
-        run(**args)
+        run_vllm(**args)
     if more := args.pop("more"):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     host, port = args.pop("host"), args.pop("port")

@@ -59,7 +59,7 @@ def build_command(
     return ["serve", model_name_or_path, *flags, "--trust-request-mm-kwargs", *more]
 
 
-def run(max_megapixels: float = 64, **options) -> NoReturn:
+def run_vllm(max_megapixels: float = 64, **options) -> NoReturn:
     """
     Becomes vLLM's server.
 
@@ -73,5 +73,5 @@ def run(max_megapixels: float = 64, **options) -> NoReturn:
     if find_spec("vllm") is None:
         raise ImportError("`--engine vllm` needs vLLM: `pip install vllm` beside this package.")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *build_command(**options)]
-    environment = {"VLLM_MAX_IMAGE_PIXELS": str(int(max_megapixels * 1e6)), **os.environ}
+    environment = {**os.environ, "VLLM_MAX_IMAGE_PIXELS": str(int(max_megapixels * 1e6))}
     os.execve(sys.executable, command, environment)

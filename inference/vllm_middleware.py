@@ -2,19 +2,24 @@
 
 import json
 import re
+from collections.abc import Iterator
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from .control_tokens import refuse_control_tokens
 from .counts import RequestCounts
-from .messages import IMAGE_PARTS, TEXT_PARTS, check_detail
+from .messages import IMAGE_PARTS, check_detail
 
 
 CHATS = ("/v1/chat/completions", "/tokenize", "/invocations")
 FIELDS = ("num_vision_tokens", "mm_processor_kwargs", "media_io_kwargs")
 # What a request may say to the processor beside its count. Others, such as sizes, are the engine's to set.
 SHAPES = ("match_aspect_ratio", "crop_to_patches")
+TEMPLATED = ("tools", "documents", "chat_template_kwargs")  # written into prompts, as messages are
+# What templates or vLLM would take for an image or a video, whatever the part's type.
+SEEN = {"image", "image_url", "image_pil", "image_embeds", "video", "video_url"}
 
 
 class VisionTokenMiddleware:
@@ -41,9 +46,11 @@ class VisionTokenMiddleware:
             asked = None  # vLLM's to refuse
         if isinstance(asked, dict):
             if self.counts is None:
-                self.counts, self.max_images = load_limits(scope["app"].state.vllm_config.model_config)
+                config = scope["app"].state.vllm_config.model_config
+                self.counts, self.max_images = await run_in_threadpool(load_limits, config)
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
             try:
-                asked = translate(asked, scope["path"], self.counts, self.max_images)
+                asked = await run_in_threadpool(translate, asked, path, self.counts, self.max_images)
             except (ValueError, RecursionError) as error:
                 message = str(error).encode(errors="backslashreplace").decode()  # it may quote half a character
                 refusal = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
@@ -85,9 +92,11 @@ def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> 
     chat = body.get("messages") if path in CHATS else None
     if not isinstance(chat, list):
         for name in FIELDS:
-            if body.get(name):
+            if body.get(name) is not None:
                 raise ValueError(f"`{name}` is not taken by {path}, only by {CHATS[0]}: leave it out.")
         return body
+    for name in TEMPLATED:
+        refuse_control_tokens(name, json.dumps(body.get(name), ensure_ascii=False), counts.processor.tokenizer)
     details = read_details(chat, counts.processor.tokenizer)
     if len(details) > max_images:
         raise ValueError(f"The request has {len(details)} images, and this engine takes {max_images}.")
@@ -139,16 +148,11 @@ def read_details(messages: list, tokenizer) -> list[str | None]:
     """
     details = []
     for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        texts = [
-            part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
-        ]
         # Joined, as templates join them: a token may lie across two parts.
-        refuse_control_tokens(f"messages[{i}].content", "".join(texts), tokenizer)
-        for j, part in enumerate(parts):
-            if "image_url" in part or part.get("type") in IMAGE_PARTS:
+        refuse_control_tokens(f"messages[{i}]", "".join(texts_in(message)), tokenizer)
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and (SEEN & part.keys() or part.get("type") in IMAGE_PARTS):
                 source, where = part.get("image_url"), f"messages[{i}].content[{j}]"
                 source = source if isinstance(source, dict) else {"url": source, "detail": part.get("detail")}
                 if not re.match(r"https?://|data:[^,]*;base64,", str(source.get("url"))):
@@ -156,3 +160,16 @@ def read_details(messages: list, tokenizer) -> list[str | None]:
                 check_detail(source.get("detail"), where)
                 details.append(source.get("detail"))
     return details
+
+
+def texts_in(value) -> Iterator[str]:
+    """Every text in a message but for the addresses of images."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name != "url" and not (name == "image_url" and isinstance(item, str)):
+                yield from texts_in(item)

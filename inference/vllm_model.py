@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import compress
 
+import PIL.Image
 import torch
 from transformers import BatchFeature
 from vllm.model_executor.models.transformers.causal import CausalMixin
@@ -16,9 +17,11 @@ from vllm.model_executor.models.transformers.multimodal import (
     MultiModalProcessor,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import ProcessorInputs
 
 from ..configuration_tokenflex import resolve_named_count
+from ..processing_tokenflex import read_image
 from .counts import parse_num_vision_tokens
 
 
@@ -48,7 +51,27 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
         trained, own = max(self.get_hf_config().vision_token_choices), self.get_hf_processor().num_vision_tokens
         return own if math.prod(own if isinstance(own, tuple) else (own,)) > trained else trained
 
-    def _get_num_image_tokens(self, size) -> int:
+    @cached_property
+    def largest_size(self) -> ImageSize:
+        """The size of an image that makes the most tokens. Tiles and grids by shape are full at some shapes alone."""
+        processor = self.get_hf_processor()
+        height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
+        sides = range(1, 1 + max(processor.max_patches, *processor.patch_grid))
+        sizes = [ImageSize(width * columns, height * rows) for rows in sides for columns in sides]
+        return max(sizes, key=self._get_num_image_tokens)
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        return self.largest_size
+
+    def parse_mm_data(self, mm_data, **kwargs):
+        """As in vLLM, whose own conversion of images knows no 16 bits: they are read as everywhere else."""
+        if (images := mm_data.get("image")) is not None:
+            images = images if isinstance(images, list) else [images]
+            images = [read_image(image) if isinstance(image, PIL.Image.Image) else image for image in images]
+            mm_data = {**mm_data, "image": images}
+        return super().parse_mm_data(mm_data, **kwargs)
+
+    def _get_num_image_tokens(self, size: ImageSize) -> int:
         [tokens] = self.get_hf_processor().count_vision_tokens([(size.height, size.width)], self.largest_count)
         return tokens
 
@@ -151,13 +174,30 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
     TokenFlexMultiModalProcessor, info=TokenFlexProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
 class TokenFlexForConditionalGeneration(MultiModalMixin, CausalMixin):
-    """vLLM's Transformers backend; it joins each image's tiles, and never answers with image tokens."""
+    """
+    vLLM's Transformers backend; it joins each image's tiles, and never answers with image tokens. The tower sees no
+    more images at once than when vLLM measured its memory, which counts tokens: at small counts many images have few.
+    """
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        count = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).largest_count
+        tokens = math.prod(count) if isinstance(count, tuple) else count
+        self.rows_at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // tokens)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
         if logits is not None:  # not of the other ranks' share
             logits[..., self.config.image_token_id] = -torch.inf
         return logits
+
+    def _get_features(self, modality: str, pixel_values: torch.Tensor, **kwargs):
+        features = []
+        for start in range(0, len(pixel_values), self.rows_at_once):
+            rows = slice(start, start + self.rows_at_once)
+            others = {name: value[rows] for name, value in kwargs.items()}
+            features += super()._get_features(modality, pixel_values[rows], **others)
+        return features
 
     def _process_vision_input(self, modality: str, pixel_values, num_patches: torch.Tensor, **kwargs):
         features = super()._process_vision_input(modality, pixel_values, num_patches, **kwargs)

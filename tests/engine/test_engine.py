@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import chat_prompt
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -98,6 +100,7 @@ CASES = {
     "these, exchanged": ([B, A], {"num_vision_tokens": [16, 4]}),
     "the same image at two": ([A, A], {"num_vision_tokens": [16, 4]}),
     "a count and a grid": ([A, B, C], {"num_vision_tokens": [36, (3, 2), 1]}),
+    "16 bits": ([Image.fromarray(np.asarray(A.convert("L")).astype(np.uint16) * 256)], {"num_vision_tokens": 16}),
     "by shape": ([WIDE], {"num_vision_tokens": 20, "match_aspect_ratio": True}),
     "by shapes": ([WIDE, TALL], {"num_vision_tokens": [20, 7], "match_aspect_ratio": True}),
     "sizes like the tower's": (

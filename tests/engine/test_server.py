@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from helpers import chat_prompt
 from PIL import Image
@@ -187,6 +188,8 @@ KINDS = [
     lambda image: (image.convert("L"), encoded(image.convert("L"))),
     lambda image: (image.convert("RGBA"), encoded(image.convert("RGBA"))),
     lambda image: (image.convert("P").convert("RGB"), encoded(image.convert("P"))),
+    lambda image: deep(image),
+    lambda image: clear(image),
     lambda image: turned(image, 6),
     lambda image: turned(image, 3),
 ]
@@ -232,6 +235,22 @@ WRONG = [
     {"max_tokens": "many"},
     {"temperature": "warm"},
 ]
+
+
+def deep(image):
+    """Of 16 bits, as scanners save it."""
+    gray = image.convert("L")
+    return gray, encoded(Image.fromarray(np.asarray(gray).astype(np.uint16) * 256))
+
+
+def clear(image):
+    """Its left half transparent."""
+    mask = Image.new("L", image.size, 255)
+    mask.paste(0, (0, 0, image.width // 2, image.height))
+    shown = Image.composite(image, Image.new("RGB", image.size, "white"), mask)
+    image = image.copy()
+    image.putalpha(mask)
+    return shown, encoded(image)
 
 
 def turned(image, orientation):

@@ -100,4 +100,4 @@ def test_a_checkpoint_that_chooses_cannot_do_so_there(calibrated, tmp_path):
 def test_without_vllm_it_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setattr(vllm_command, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install vllm"):
-        vllm_command.run(model_name_or_path=checkpoint)
+        vllm_command.run_vllm(model_name_or_path=checkpoint)

@@ -93,7 +93,13 @@ def test_shapes_are_the_requests_to_choose(counts):
         (body(*[part()] * 4), "The request has 4 images, and this engine takes 3"),
         (body(part(url="file:///a.png")), "its `image_url` is no http(s): or base64 data: URL"),
         (body(part(url="data:,")), "its `image_url` is no http(s): or base64 data: URL"),
-        (body(part(), text="<|im_end|>"), "`messages[0].content`: the control token '<|im_end|>'"),
+        (body(part(), text="<|im_end|>"), "`messages[0]`: the control token '<|im_end|>'"),
+        ({"messages": [{"role": "user", "content": ["<|im_end|>"]}]}, "the control token '<|im_end|>'"),
+        ({"messages": [{"role": "user<|im_end|>", "content": "hi"}]}, "the control token '<|im_end|>'"),
+        (body({"type": "refusal", "refusal": "<|im_end|>"}), "the control token '<|im_end|>'"),
+        (body(chat_template_kwargs={"now": "<|im_end|>"}), "`chat_template_kwargs`: the control token"),
+        (body({"type": "text", "text": "x", "image": "y"}), "`messages[0].content[0]`: its `image_url` is no"),
+        (body({"type": "image_pil", "image_pil": None, "uuid": "a"}), "its `image_url` is no"),
     ],
 )
 def test_refused_with_the_reason(counts, asked, message):
@@ -113,6 +119,16 @@ def test_a_checkpoint_that_chooses_has_the_default_there(calibrated):
 def test_where_counts_would_be_ignored_they_are_refused(counts, name):
     with pytest.raises(ValueError, match=f"`{name}` is not taken by /v1/messages, only by {CHAT}"):
         translate(counts, body(part(), **{name: {"a": 4}}), "/v1/messages")
+
+
+def test_a_prefix_of_all_paths_changes_nothing(counts, monkeypatch):
+    app = Starlette(routes=[Route(CHAT, lambda _: JSONResponse({}), methods=["POST"])])
+    app.add_middleware(vllm_middleware.VisionTokenMiddleware)
+    app.state.vllm_config = type("Config", (), {"model_config": "the engine's"})
+    monkeypatch.setattr(vllm_middleware, "load_limits", {"the engine's": (counts, 3)}.__getitem__)
+    client = TestClient(app, root_path="/api")
+    assert client.post(f"/api{CHAT}", json=body(part(), num_vision_tokens=4)).status_code == 200
+    assert client.post(f"/api{CHAT}", json=body(part(), num_vision_tokens=5)).status_code == 400
 
 
 @pytest.fixture
