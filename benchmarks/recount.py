@@ -25,20 +25,25 @@ from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, at_cou
 IMAGE_TOKEN, PAD_TOKEN = 49150, 0
 
 
+def smollm2_config() -> LlamaConfig:
+    """SmolLM2-135M's shapes."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
 def build_model() -> TokenFlexForConditionalGeneration:
     config = TokenFlexConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=384, patch_size=16
         ),
-        text_config=LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        ),
+        text_config=smollm2_config(),
         image_token_id=IMAGE_TOKEN,
     )
     return TokenFlexForConditionalGeneration(config).eval()

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from limits import decode_work, limit_seconds, measure_rates, prefill_work, projector_work, tower_work
 from PIL import Image
+from recount import smollm2_config
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -68,16 +68,7 @@ def write_checkpoint(path: Path) -> None:
             image_size=256,
             patch_size=16,
         ),
-        text_config=LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        ),
+        text_config=smollm2_config(),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
     )
     model = TokenFlexForConditionalGeneration(config)

@@ -17,7 +17,7 @@ CHATS = ("/v1/chat/completions", "/tokenize", "/invocations")
 FIELDS = ("num_vision_tokens", "mm_processor_kwargs", "media_io_kwargs")
 # What a request may say to the processor beside its count. Others, such as sizes, are the engine's to set.
 SHAPES = ("match_aspect_ratio", "crop_to_patches")
-TEMPLATED = ("tools", "documents", "chat_template_kwargs")  # written into prompts, as messages are
+TEMPLATED = {"tools", "documents", "chat_template_kwargs"}  # written into prompts, as messages are
 # What templates or vLLM would take for an image or a video, whatever the part's type.
 SEEN = {"image", "image_url", "image_pil", "image_embeds", "video", "video_url"}
 
@@ -95,8 +95,8 @@ def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> 
             if body.get(name) is not None:
                 raise ValueError(f"`{name}` is not taken by {path}, only by {CHATS[0]}: leave it out.")
         return body
-    for name in TEMPLATED:
-        refuse_control_tokens(name, json.dumps(body.get(name), ensure_ascii=False), counts.processor.tokenizer)
+    for name in TEMPLATED & body.keys():
+        refuse_control_tokens(name, json.dumps(body[name], ensure_ascii=False), counts.processor.tokenizer)
     details = read_details(chat, counts.processor.tokenizer)
     if len(details) > max_images:
         raise ValueError(f"The request has {len(details)} images, and this engine takes {max_images}.")

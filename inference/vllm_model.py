@@ -38,6 +38,11 @@ def options_of(index: int, options: Mapping[str, object]) -> dict:
     return {**options, **{name: options[name][index] for name in lists_in(options)}}
 
 
+def tokens_of(count: int | tuple[int, int]) -> int:
+    """The number of tokens of a count or grid."""
+    return math.prod(count) if isinstance(count, tuple) else count
+
+
 class TokenFlexProcessingInfo(MultiModalProcessingInfo):
     """What vLLM asks about images before it has any."""
 
@@ -49,7 +54,7 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
     def largest_count(self) -> int | tuple[int, int]:
         """The count that memory is reserved for: the largest trained, or the engine's own if that is larger."""
         trained, own = max(self.get_hf_config().vision_token_choices), self.get_hf_processor().num_vision_tokens
-        return own if math.prod(own if isinstance(own, tuple) else (own,)) > trained else trained
+        return own if tokens_of(own) > trained else trained
 
     @cached_property
     def largest_size(self) -> ImageSize:
@@ -65,8 +70,9 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
 
     def parse_mm_data(self, mm_data, **kwargs):
         """As in vLLM, whose own conversion of images knows no 16 bits: they are read as everywhere else."""
-        if (images := mm_data.get("image")) is not None:
-            images = images if isinstance(images, list) else [images]
+        images = mm_data.get("image")
+        images = [images] if isinstance(images, PIL.Image.Image) else images
+        if isinstance(images, (list, tuple)):
             images = [read_image(image) if isinstance(image, PIL.Image.Image) else image for image in images]
             mm_data = {**mm_data, "image": images}
         return super().parse_mm_data(mm_data, **kwargs)
@@ -181,9 +187,9 @@ class TokenFlexForConditionalGeneration(MultiModalMixin, CausalMixin):
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        count = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).largest_count
-        tokens = math.prod(count) if isinstance(count, tuple) else count
-        self.rows_at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // tokens)
+        info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        self.rows_at_once = max(1, budget // tokens_of(info.largest_count))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
@@ -200,8 +206,5 @@ class TokenFlexForConditionalGeneration(MultiModalMixin, CausalMixin):
         return features
 
     def _process_vision_input(self, modality: str, pixel_values, num_patches: torch.Tensor, **kwargs):
-        features = super()._process_vision_input(modality, pixel_values, num_patches, **kwargs)
-        if len(features) == len(num_patches):
-            return features
-        tiles = iter(features)
+        tiles = iter(super()._process_vision_input(modality, pixel_values, num_patches, **kwargs))
         return [torch.cat([next(tiles) for _ in range(count)]) for count in num_patches.flatten().tolist()]

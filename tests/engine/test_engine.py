@@ -50,6 +50,7 @@ def engine(checkpoint):
         str(checkpoint),
         dtype="float32",
         max_model_len=1024,
+        max_num_batched_tokens=256,  # the tower then sees four images at once
         enforce_eager=True,
         seed=0,
         mm_processor_kwargs={"num_vision_tokens": 64},
