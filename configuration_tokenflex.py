@@ -223,8 +223,10 @@ CLASS_TOKENS = {
     "dinov2": 1,
     "dinov2_with_registers": 1,
     "dinov3_vit": 1,
+    "idefics3_vision": 0,
     "internvl_vision": 1,
     "siglip_vision_model": 0,
+    "smolvlm_vision": 0,
     "vit": 1,
 }
 
@@ -295,20 +297,26 @@ class TokenFlexConfig(PreTrainedConfig):
             The counts that training draws from (the paper's).
         vision_token_weights (`list[float]`, *optional*, defaults to `[0.2, 0.3, 0.5]`):
             One weight per choice; they are normalized when drawing.
-        vision_feature_layer (`int`, *optional*, defaults to -1):
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
             The tower's hidden state that feeds the projector; -1 is the tower's output, which all but CLIP normalize.
+            The features of several layers are put side by side.
         num_prefix_tokens (`int`, *optional*):
             Number of class tokens and registers before the patches of the tower's output; they are dropped. Known
             for SigLIP, CLIP, DINOv2, DINOv3, InternViT and ViT; must be given for other towers.
-        projector_pooling (`str`, *optional*, defaults to `"average"`):
-            The operator that pools patches to a grid, a key of `POOLINGS` in `projector_tokenflex`.
+        downsample_factor (`int`, *optional*, defaults to 1):
+            The side of the blocks of patches that are put into one feature each before pooling (pixel unshuffle).
         projector_connector (`str`, *optional*, defaults to `"swiglu"`):
-            The module between pooled features and the language model, a key of `CONNECTORS` in `projector_tokenflex`:
-            the paper's `"swiglu"`, or `"mlp"` of two layers.
+            What stands between pooled features and the language model: the paper's `"swiglu"`, `"mlp"` or `"linear"`.
         projector_hidden_size (`int`, *optional*, defaults to the language model's hidden size):
             The inner width of the connector. The paper does not state it.
         projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
             The activation of the connector.
+        projector_bias (`bool`, *optional*):
+            Whether the connector's layers have a bias. By default they have, except in `"swiglu"`.
+        projector_norm_eps (`float`, *optional*):
+            The epsilon of a layer norm before the connector. By default there is none.
+        projector_pools_last (`bool`, *optional*, defaults to `False`):
+            Whether features are pooled behind the connector, as PerceptionLM's are.
         vision_token_chooser (`dict`, *optional*):
             The rising `choices` among which `"auto"` chooses, and the `tolerance`, as `tokenflex calibrate` writes
             them. The head that chooses is kept with the weights.
@@ -339,12 +347,15 @@ class TokenFlexConfig(PreTrainedConfig):
     vision_token_choices: list[int] | tuple[int, ...] | None = None
     vision_token_weights: list[float | int] | tuple[float | int, ...] | None = None
     vision_token_chooser: dict | None = None
-    vision_feature_layer: int = -1
+    vision_feature_layer: int | list[int] = -1
     num_prefix_tokens: int | None = None
-    projector_pooling: str = "average"
+    downsample_factor: int = 1
     projector_connector: str = "swiglu"
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "silu"
+    projector_bias: bool | None = None
+    projector_norm_eps: float | None = None
+    projector_pools_last: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool | None = None
 
@@ -380,6 +391,10 @@ class TokenFlexConfig(PreTrainedConfig):
             self.text_config.tie_word_embeddings = self.tie_word_embeddings
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
+        if self.projector_connector not in ("swiglu", "mlp", "linear"):
+            raise ValueError(f"`projector_connector`={self.projector_connector!r}: it is swiglu, mlp or linear.")
+        if self.projector_bias is None:
+            self.projector_bias = self.projector_connector != "swiglu"
         if (self.vision_token_choices is None) != (self.vision_token_weights is None):
             raise ValueError(
                 f"`vision_token_choices`={self.vision_token_choices} and `vision_token_weights`="
@@ -401,8 +416,15 @@ class TokenFlexConfig(PreTrainedConfig):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """`tuple[int, int]`: Rows and columns of the vision tower's patch grid."""
-        return tuple(side // patch for side, patch in zip(self.image_size, self.patch_size))
+        """`tuple[int, int]`: Rows and columns of the features that are pooled, patches or blocks of them."""
+        blocks = (patch * self.downsample_factor for patch in self.patch_size)
+        return tuple(side // block for side, block in zip(self.image_size, blocks))
+
+    @property
+    def vision_feature_size(self) -> int:
+        """`int`: The width of the features that are pooled."""
+        num_layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return self.vision_config.hidden_size * num_layers * self.downsample_factor**2
 
     def check_vision_tokens(self):
         """

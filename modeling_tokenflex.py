@@ -20,7 +20,7 @@ from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
 from .generation_tokenflex import TokenFlexChooser, TokenFlexGenerationMixin
 from .packing_tokenflex import pack_attention
 from .placeholders_tokenflex import encoded_grids, first_placeholders
-from .projector_tokenflex import TokenFlexProjector
+from .projector_tokenflex import TokenFlexProjector, pixel_unshuffle
 
 
 @dataclass
@@ -153,41 +153,57 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         Returns:
             [`TokenFlexImageOutput`]: `pooler_output` holds the vision tokens, a tensor of shape
             `(num_images, num_vision_tokens, hidden_size)`, or a list with one 2-D tensor per image when counts differ;
-            `last_hidden_state` the patch features of shape `(num_images, num_patches, vision_hidden_size)` they were
-            pooled from, without class tokens and registers; `vision_token_grids` the grids.
+            `last_hidden_state` the features of shape `(num_images, num_patches, vision_feature_size)` they were pooled
+            from, without class tokens and registers; `vision_token_grids` the grids.
 
         Raises:
             ValueError: If a count is not allowed, the two arguments disagree, or the images do not have the tower's
                 size.
         """
-        config = self.config
+        if num_vision_tokens is None and vision_token_grids is None:
+            num_vision_tokens = self.config.num_vision_tokens
+        num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
+        grids = self._resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
+        outputs = self.encode_images(pixel_values, **kwargs)
+        patch_features = outputs.last_hidden_state
+        if image_indices is not None:
+            patch_features = patch_features[image_indices]
+        image_outputs = self.pool_image_features(patch_features, grids)
+        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
+        return image_outputs
+
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        """
+        The tower's output for images, arguments as in [`~TokenFlexModel.get_image_features`], with the features that
+        are to be pooled as its `last_hidden_state`.
+        """
+        config, layers = self.config, self.config.vision_feature_layer
         expected = (config.vision_config.num_channels, *config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
                 f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
             )
-        if num_vision_tokens is None and vision_token_grids is None:
-            num_vision_tokens = config.num_vision_tokens
-        num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
-        grids = self._resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
-        is_last = config.vision_feature_layer == -1
-        if not is_last:
+        if layers != -1:
             kwargs["output_hidden_states"] = True
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        patch_features = outputs.last_hidden_state if is_last else outputs.hidden_states[config.vision_feature_layer]
-        num_patches, num_prefix_tokens = math.prod(config.patch_grid), config.num_prefix_tokens
-        if patch_features.shape[1] != num_prefix_tokens + num_patches:
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        features = outputs.last_hidden_state
+        if layers != -1:
+            layers = [layers] if isinstance(layers, int) else layers
+            features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        if features.ndim == 4:  # of a convolutional tower: (num_images, hidden_size, rows, columns)
+            features = features.flatten(2).transpose(1, 2)
+        num_patches = math.prod(config.patch_grid) * config.downsample_factor**2
+        if features.shape[1] != config.num_prefix_tokens + num_patches:
             raise ValueError(
-                f"The vision tower returned {patch_features.shape[1]} features per image, but `num_prefix_tokens`="
-                f"{num_prefix_tokens} and the patch grid {config.patch_grid} make {num_prefix_tokens + num_patches}."
+                f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
+                f"{config.num_prefix_tokens} and the tower's patches make {config.num_prefix_tokens + num_patches}."
             )
-        patch_features = patch_features[:, num_prefix_tokens:]
-        if image_indices is not None:
-            patch_features = patch_features[image_indices]
-        image_outputs = self.pool_image_features(patch_features, grids)
-        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
-        return image_outputs
+        features = features[:, config.num_prefix_tokens :]
+        if config.downsample_factor > 1:
+            features = pixel_unshuffle(features, config.patch_grid, config.downsample_factor)
+        outputs.last_hidden_state = features
+        return outputs
 
     def pool_image_features(self, patch_features: torch.Tensor, grids: list[tuple[int, int]]) -> TokenFlexImageOutput:
         """
@@ -204,7 +220,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         Raises:
             ValueError: If the features have another width than this model's tower.
         """
-        width = self.config.vision_config.hidden_size
+        width = self.config.vision_feature_size
         if patch_features.shape[-1] != width:
             raise ValueError(
                 f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes "

@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 from urllib.request import urlopen
 
 import numpy as np
@@ -69,14 +69,9 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
     num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
         A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance.
         Defaults to the processor's `num_vision_tokens`.
-    match_aspect_ratio (`bool`, *optional*):
-        Whether to take an integer count, then any from 1 to the number of patches, as the most tokens of a grid that
-        follows the image's shape. Defaults to the processor's.
-    crop_to_patches (`bool` or `list[bool]`, *optional*):
-        Whether to cut images into tiles of the tower's size beside a thumbnail, each with that count; a list has one
-        entry per image. Defaults to the processor's.
-    min_patches, max_patches (`int`, *optional*):
-        The fewest and most tiles of an image, thumbnail not counted. Default to the processor's.
+    match_aspect_ratio, crop_to_patches, min_patches, max_patches (*optional*):
+        As for [`TokenFlexProcessor`], and default to the processor's; `crop_to_patches` may be a list with one entry
+        per image.
     """
 
     # Checked by `resolve_vision_token_grids`, whose errors name the nearest counts that work.
@@ -89,7 +84,7 @@ class TokenFlexImagesKwargs(ImagesKwargs, total=False):
 
 class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
     # Read by transformers 5.18 to 5.20; later releases read the processor's `text_kwargs`.
-    _defaults = {"text_kwargs": {"padding_side": "left", "add_special_tokens": False}}
+    _defaults = {"text_kwargs": {"padding_side": "left"}}
 
     images_kwargs: TokenFlexImagesKwargs
 
@@ -103,28 +98,37 @@ class TokenFlexProcessor(ProcessorMixin):
     [`~transformers.BatchFeature`] of `input_ids`, `attention_mask`; `pixel_values` of shape `(num_tiles, num_channels,
     height, width)`, an uncut image being one tile, and `vision_token_grids` of shape `(num_tiles, 2)`; with
     `match_aspect_ratio` also `image_shapes` of shape `(num_tiles, 2)`, with `crop_to_patches` also `num_tiles` of each
-    image. Special tokens are the chat template's to write: none are added unless `add_special_tokens=True`.
+    image.
 
     Args:
         image_processor ([`~transformers.BaseImageProcessor`]):
-            The vision tower's image processor. Its `size` must be the tower's image size.
+            The vision tower's image processor, which has to give images of the tower's size.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The language model's tokenizer, with the image token `<|image_pad|>` (or its own `image_token`).
         num_vision_tokens (`int` or `tuple[int, int]`, *optional*):
             The vision-token count per image (or tile) when none is asked for. Defaults to the largest that the patch
             grid allows, up to 256.
         patch_size (`int`, *optional*, defaults to 14):
-            The tower's patch size in pixels.
+            The size in pixels of the tower's patches, or of the blocks of patches that make one feature.
         chat_template (`str`, *optional*):
             A Jinja template. Defaults to the tokenizer's own, taught to take images where it does not, else to ChatML.
         match_aspect_ratio (`bool`, *optional*, defaults to `False`):
-            Whether to make grids follow the images' shapes, with at most the given count.
+            Whether to take an integer count, then any from 1 to the number of patches, as the most tokens of a grid
+            that follows the image's shape.
         crop_to_patches (`bool`, *optional*, defaults to `False`):
-            Whether to cut images into tiles, as GOT-OCR2 and InternVL do.
-        min_patches (`int`, *optional*, defaults to 1):
-            The fewest tiles.
-        max_patches (`int`, *optional*, defaults to 12):
-            The most tiles.
+            Whether to cut images into tiles of the tower's size beside a thumbnail, each with that count, as GOT-OCR2
+            and InternVL do.
+        min_patches, max_patches (`int`, *optional*, default to 1 and 12):
+            The fewest and most tiles of an image, thumbnail not counted.
+        image_size (`list[int]`, *optional*):
+            Height and width in pixels of the tower's images. Default to the image processor's `size`.
+        image_token (`str`, *optional*):
+            The token that stands for an image in prompts, and is repeated. Defaults to the tokenizer's.
+        image_start, image_end (`str`, *optional*, default to `""`):
+            Text that is put before and behind an image's tokens, beside what the chat template writes.
+        add_special_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the tokenizer adds its special tokens to prompts that do not begin with them already. By default
+            they are the chat template's to write.
 
     Raises:
         ValueError: If the tokenizer has no image token, placeholders do not match images, or a count is not allowed.
@@ -156,12 +160,18 @@ class TokenFlexProcessor(ProcessorMixin):
         crop_to_patches=False,
         min_patches=1,
         max_patches=12,
+        image_size=None,
+        image_token=None,
+        image_start="",
+        image_end="",
+        add_special_tokens=False,
     ):
         # Options given to `AutoProcessor.from_pretrained` also reach the tokenizer, whose saved arguments would
         # override this processor's defaults from then on.
         for name in _OPTIONS:
             tokenizer.init_kwargs.pop(name, None)
-        self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        self.image_token = image_token or getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        self.image_start, self.image_end, self.add_special_tokens = image_start, image_end, add_special_tokens
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
@@ -182,6 +192,8 @@ class TokenFlexProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         tokenizer.padding_side = "left"
         self.auto_map = {"AutoProcessor": "processing_tokenflex.TokenFlexProcessor"}  # as saving would set it
+        size = image_processor.size
+        self.image_size = [size["height"], size["width"]] if image_size is None else image_size
         self.patch_size = patch_size
         if num_vision_tokens is None:
             num_vision_tokens = min(16, *self.patch_grid) ** 2
@@ -195,22 +207,23 @@ class TokenFlexProcessor(ProcessorMixin):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """`tuple[int, int]`: Rows and columns of the vision tower's patch grid."""
-        size = self.image_processor.size
-        return size["height"] // self.patch_size, size["width"] // self.patch_size
+        """`tuple[int, int]`: Rows and columns of the features that are pooled to vision tokens."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def tiler(self) -> GotOcr2ImageProcessorPil:
         """GOT-OCR2's image processor with this image processor's size and statistics, which cuts images into tiles."""
         own = self.image_processor
         kind = GotOcr2ImageProcessorPil if type(own).__name__.endswith("Pil") else transformers.GotOcr2ImageProcessor
-        names = ("size", "resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
-        return kind(**{name: getattr(own, name) for name in names})
+        names = ("resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
+        size = dict(zip(("height", "width"), self.image_size))
+        return kind(size=size, **{name: getattr(own, name) for name in names})
 
     @property
     def model_input_names(self):
         # The Trainer's length sampling and batch-size search take the first name.
-        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "vision_token_grids"]
+        names = [*self.tokenizer.model_input_names, "pixel_values", "vision_token_grids"]
         names += ["image_shapes"] if self.match_aspect_ratio else []
         names += ["num_tiles"] if self.crop_to_patches else []
         return list(dict.fromkeys(names))
@@ -254,10 +267,11 @@ class TokenFlexProcessor(ProcessorMixin):
         return self._arrange(image_sizes, *options)[-1]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """vLLM's question: [`~TokenFlexProcessor.count_vision_tokens`], and the rows of `pixel_values` per image."""
+        """vLLM's question: the tokens in each image's place, and the rows of `pixel_values` per image."""
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
         num_tiles, *_, num_tokens = self._arrange(image_sizes or (), *map(options.get, _OPTIONS))
-        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_tiles)
+        around = len(self.tokenizer(self.image_start + self.image_end, add_special_tokens=False)["input_ids"])
+        return MultiModalData(num_image_tokens=[n + around for n in num_tokens], num_image_patches=num_tiles)
 
     def _arrange(
         self,
@@ -284,8 +298,8 @@ class TokenFlexProcessor(ProcessorMixin):
             count_tiles = self.tiler.get_number_of_image_patches
             num_tiles = [count_tiles(*size, limits) if crop else 1 for size, crop in zip(image_sizes, crops)]
         # Tiles have the tower's shape, and the last one is the thumbnail, which shows the whole image.
-        tile_size = (self.image_processor.size["height"], self.image_processor.size["width"])
-        sizes = [shown for size, tiles in zip(image_sizes, num_tiles) for shown in [tile_size] * (tiles - 1) + [size]]
+        tile = tuple(self.image_size)
+        sizes = [shown for size, tiles in zip(image_sizes, num_tiles) for shown in [tile] * (tiles - 1) + [size]]
         sizes = sizes if match_aspect_ratio else None
         cut = num_tiles if any(crops) else None
         grids = resolve_vision_token_grids(
@@ -307,6 +321,17 @@ class TokenFlexProcessor(ProcessorMixin):
         if not 1 <= fewest <= most:
             raise ValueError(f"`min_patches`={fewest} and `max_patches`={most}: give 1 <= min_patches <= max_patches.")
         return {"crop_to_patches": True, "min_patches": fewest, "max_patches": most}
+
+    def __call__(self, images=None, text=None, **kwargs: Unpack[ProcessingKwargs]):
+        if text is not None and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("add_special_tokens", self.adds_special_tokens_to(text))
+        return super().__call__(images, text, **kwargs)
+
+    def adds_special_tokens_to(self, text: str | list[str]) -> bool:
+        """Tells whether the tokenizer adds its special tokens to a `text`, which may begin with them already."""
+        first = text[0] if isinstance(text, (list, tuple)) and text else text
+        begins_with = self.tokenizer.bos_token
+        return self.add_special_tokens and not (begins_with and str(first).startswith(begins_with))
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers; what tables fill in for a part's absent keys, `None`, is absent here too."""
@@ -363,7 +388,7 @@ class TokenFlexProcessor(ProcessorMixin):
         processed_images["vision_token_grids"] = [list(grid) for grid in grids]
         if shown is not None:
             processed_images["image_shapes"] = [list(size) for size in shown]
-        return processed_images, [self.image_token * tokens for tokens in num_tokens]
+        return processed_images, [self.image_start + self.image_token * n + self.image_end for n in num_tokens]
 
     def _read_tiles(self, images: list, crops: list[bool], limits: dict, options: dict) -> list:
         """Runs the image processor on each image, on as many threads as torch computes with."""
@@ -372,7 +397,8 @@ class TokenFlexProcessor(ProcessorMixin):
         def read(image, crop: bool) -> list:
             if crop:
                 return list(tiler([image], **limits, **options)["pixel_values"])
-            return list(self.image_processor([image], **options)["pixel_values"])
+            views = self.image_processor([image], **options)["pixel_values"]
+            return [tile for view in views for tile in (view if view.ndim == 4 else [view])]
 
         num_threads = min(len(images), torch.get_num_threads())
         if num_threads < 2:

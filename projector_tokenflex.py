@@ -45,79 +45,86 @@ def pooling_weights(
     return inside / inside.sum(-1, keepdim=True)
 
 
-class TokenFlexAveragePooling(nn.Module):
-    """Adaptive average pooling of a patch grid (arXiv 2504.03154, abstract), as products with constant matrices."""
+def pixel_unshuffle(patch_features: torch.Tensor, patch_grid: tuple[int, int], factor: int) -> torch.Tensor:
+    """
+    Puts each block of `factor * factor` patches into one feature, row by row, as InternVL and Idefics3 do.
 
-    def forward(
-        self, patch_features: torch.Tensor, patch_grid: tuple[int, int], grid: tuple[int, int]
-    ) -> torch.Tensor:
-        """
-        Args:
-            patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`): Row by row.
-            patch_grid (`tuple[int, int]`): (rows, columns) of the patches.
-            grid (`tuple[int, int]`): (rows, columns) to pool them to.
+    Args:
+        patch_features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): Row by row.
+        patch_grid (`tuple[int, int]`): (rows, columns) of the blocks.
+        factor (`int`): The side of a block in patches.
 
-        Returns:
-            `torch.Tensor` of shape `(num_images, rows * columns, vision_hidden_size)`.
-        """
-        if grid == patch_grid:
-            return patch_features
-        options = {"device": patch_features.device, "dtype": patch_features.dtype}
-        along_rows = pooling_weights(patch_grid[0], grid[0], **options)
-        along_columns = pooling_weights(patch_grid[1], grid[1], **options)
-        num_images, _, width = patch_features.shape
-        pooled = along_rows @ patch_features.reshape(num_images, patch_grid[0], -1)
-        pooled = along_columns @ pooled.view(num_images, grid[0], patch_grid[1], width)
-        return pooled.view(num_images, grid[0] * grid[1], width)
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_patches / factor**2, hidden_size * factor**2)`.
+    """
+    (rows, columns), width = patch_grid, patch_features.shape[-1]
+    blocks = patch_features.reshape(-1, rows, factor, columns, factor, width).transpose(2, 3)
+    return blocks.reshape(-1, rows * columns, factor**2 * width)
 
 
-class TokenFlexSwiGLU(nn.Module):
-    """SwiGLU from the tower's width to the language model's (arXiv 2504.03154): `down(act(gate(x)) * up(x))`."""
+def average_pool(patch_features: torch.Tensor, patch_grid: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Adaptive average pooling (arXiv 2504.03154, abstract), as products with [`pooling_weights`].
+
+    Args:
+        patch_features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): Row by row.
+        patch_grid (`tuple[int, int]`): (rows, columns) of the patches.
+        grid (`tuple[int, int]`): (rows, columns) to pool them to.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, rows * columns, hidden_size)`.
+    """
+    if grid == patch_grid:
+        return patch_features
+    options = {"device": patch_features.device, "dtype": patch_features.dtype}
+    along_rows = pooling_weights(patch_grid[0], grid[0], **options)
+    along_columns = pooling_weights(patch_grid[1], grid[1], **options)
+    num_images, _, width = patch_features.shape
+    pooled = along_rows @ patch_features.reshape(num_images, patch_grid[0], -1)
+    pooled = along_columns @ pooled.view(num_images, grid[0], patch_grid[1], width)
+    return pooled.view(num_images, grid[0] * grid[1], width)
+
+
+class TokenFlexConnector(nn.Module):
+    """
+    From the width of the pooled features to the language model's, behind a `norm` if the config has one: the paper's
+    `"swiglu"`, `down(act(gate(x)) * up(x))`; LLaVA-1.5's `"mlp"`, `down(act(up(x)))`; or `"linear"`, `down(x)`.
+    """
 
     def __init__(self, config: TokenFlexConfig):
         super().__init__()
-        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.gate = nn.Linear(vision_size, config.projector_hidden_size, bias=False)
-        self.up = nn.Linear(vision_size, config.projector_hidden_size, bias=False)
-        self.down = nn.Linear(config.projector_hidden_size, text_size, bias=False)
-        self.act_fn = ACT2FN[config.projector_hidden_act]
+        width, inner, bias = config.vision_feature_size, config.projector_hidden_size, config.projector_bias
+        self.kind = config.projector_connector
+        self.norm = None if config.projector_norm_eps is None else nn.LayerNorm(width, config.projector_norm_eps)
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(width, inner, bias)
+        if self.kind != "linear":
+            self.up = nn.Linear(width, inner, bias)
+            self.act_fn = ACT2FN[config.projector_hidden_act]
+        self.down = nn.Linear(width if self.kind == "linear" else inner, config.text_config.hidden_size, bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act_fn(self.gate(hidden_states)) * self.up(hidden_states))
-
-
-class TokenFlexMLP(nn.Module):
-    """Two layers from the tower's width to the language model's, as in LLaVA-1.5: `down(act(up(x)))`."""
-
-    def __init__(self, config: TokenFlexConfig):
-        super().__init__()
-        self.up = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
-        self.act_fn = ACT2FN[config.projector_hidden_act]
-        self.down = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act_fn(self.up(hidden_states)))
-
-
-POOLINGS = {"average": TokenFlexAveragePooling}
-CONNECTORS = {"swiglu": TokenFlexSwiGLU, "mlp": TokenFlexMLP}
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        if self.kind == "swiglu":
+            hidden_states = self.act_fn(self.gate(hidden_states)) * self.up(hidden_states)
+        elif self.kind == "mlp":
+            hidden_states = self.act_fn(self.up(hidden_states))
+        return self.down(hidden_states)
 
 
 class TokenFlexProjector(nn.Module):
     """
-    Pooling of the patch grid to a chosen grid, then the connector into the language model.
+    Pooling of the patch grid to a chosen grid, then the connector into the language model, or the other way round.
 
     Args:
-        config ([`TokenFlexConfig`]): Its `projector_pooling` and `projector_connector` name the modules.
+        config ([`TokenFlexConfig`]): Its `projector_...` fields describe the connector.
     """
 
     def __init__(self, config: TokenFlexConfig):
         super().__init__()
-        for field, known in (("projector_pooling", POOLINGS), ("projector_connector", CONNECTORS)):
-            if getattr(config, field) not in known:
-                raise ValueError(f"`{field}`={getattr(config, field)!r}: it is one of {', '.join(known)}.")
-        self.pooling = POOLINGS[config.projector_pooling]()
-        self.connector = CONNECTORS[config.projector_connector](config)
+        self.connector = TokenFlexConnector(config)
+        self.pools_last = config.projector_pools_last
 
     def forward(
         self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]], patch_grid: tuple[int, int]
@@ -136,12 +143,14 @@ class TokenFlexProjector(nn.Module):
             shape `(total_vision_tokens, hidden_size)`, image by image. One tensor from one call of the connector,
             whatever the grids: processes that share out the weights have to make the same calls.
         """
-        patch_features = patch_features.to(self.connector.down.weight.dtype)
+        patch_features, connect = patch_features.to(self.connector.down.weight.dtype), self.connector
+        if self.pools_last:
+            patch_features, connect = connect(patch_features), nn.Identity()
         if len(set(grids)) == 1:
-            return self.connector(self.pooling(patch_features, patch_grid, grids[0]))
+            return connect(average_pool(patch_features, patch_grid, grids[0]))
         pooled = [None] * len(grids)
         for grid in dict.fromkeys(grids):
             members = [i for i, other in enumerate(grids) if other == grid]
-            for i, tokens in zip(members, self.pooling(patch_features[members], patch_grid, grid)):
+            for i, tokens in zip(members, average_pool(patch_features[members], patch_grid, grid)):
                 pooled[i] = tokens
-        return self.connector(torch.cat(pooled))
+        return connect(torch.cat(pooled))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .cells import BadRowError
 from .examples import Example, to_example
+from .placing import tokenize_prompts
 
 
 class LongRowError(BadRowError):
@@ -141,6 +142,7 @@ def split_answers(dialog: list[dict], processor) -> Iterator[tuple[str, bool]]:
             text = processor.apply_chat_template(dialog[: i + 1])
         except Exception as error:  # templates raise whatever they like
             raise BadRowError(f"the chat template refuses it ({error})") from None
+        text = _as_prompted(text, prompt, message)
         answer = text[len(prompt) :].rstrip()  # templates put a line break behind the end token
         if not (text.startswith(prompt) and prompt.startswith(done) and answer):
             raise BadRowError(
@@ -153,26 +155,40 @@ def split_answers(dialog: list[dict], processor) -> Iterator[tuple[str, bool]]:
         done = prompt + answer
 
 
+def _as_prompted(text: str, prompt: str, answer: dict) -> str:
+    """The text behind a prompt that a template writes with other white space than it does in front of an answer."""
+    written = "".join(prompt.split())
+    if text.startswith(prompt) or not "".join(text.split()).startswith(written):
+        return text
+    place = 0
+    for _ in written:
+        place += len(text[place:]) - len(text[place:].lstrip()) + 1
+    said = "".join(_texts(answer["content"]))
+    return prompt + said[: len(said) - len(said.lstrip())] + text[place:].lstrip()
+
+
 def _encode_dialog(dialog: list[dict], processor) -> tuple[list[int], list[int]]:
     texts, are_answers = zip(*split_answers(dialog, processor))
-    whole, *encoded = _tokenize(["".join(texts), *texts], processor)
+    whole, first = tokenize_prompts(["".join(texts), texts[0]], processor)["input_ids"]
+    encoded = [first, *tokenize_prompts(list(texts[1:]), processor, add_special_tokens=False)["input_ids"]]
     if list(chain(*encoded)) != whole:
         # Some tokenizers put a space before each text, and prompts are encoded from their beginning, not turn by turn,
         # when answers are generated. Turns stay apart where a token would reach from a prompt into its answer.
-        wholes = [[], *_tokenize(list(accumulate(texts)), processor)]
+        wholes = [[], *tokenize_prompts(list(accumulate(texts)), processor)["input_ids"]]
         if all(later[: len(earlier)] == earlier for earlier, later in pairwise(wholes)):
             encoded = [later[len(earlier) :] for earlier, later in pairwise(wholes)]
     ids, labels = [], []
     for tokens, is_answer in zip(encoded, are_answers):
         ids.extend(tokens)
         labels.extend(tokens if is_answer else [-100] * len(tokens))
+    tokenizer = processor.tokenizer
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if tokenizer.eos_token_id is not None and ids[-1] not in special.union(tokenizer.all_special_ids):
+        ids.append(tokenizer.eos_token_id)  # some templates leave it to whoever trains
+        labels.append(tokenizer.eos_token_id)
     if all(label == -100 for label in labels):
         raise BadRowError("the tokenizer has no tokens for its answers")
     return ids, labels
-
-
-def _tokenize(texts: list[str], processor) -> list[list[int]]:
-    return processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _share_prefix(example: Example, dialogs: list[tuple[list[int], list[int]]], processor) -> EncodedRow:

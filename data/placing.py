@@ -1,10 +1,26 @@
-"""Images that were processed apart from their prompts, put in their places there."""
+"""Prompts and images that are processed apart from each other, and put together."""
 
 from collections.abc import Mapping
 
 import torch
+from transformers import BatchEncoding
 
 from ..placeholders_tokenflex import count_images, first_placeholders, rewrite_runs
+
+
+def tokenize_prompts(text: list[str], processor, **kwargs) -> BatchEncoding:
+    """
+    Tokenizes prompts as the processor does, but with one placeholder per image, to be taken to a count by
+    [`at_count`].
+
+    Args:
+        text (`list[str]`): Prompts, with the image token for each image.
+        processor ([`TokenFlexProcessor`]): The processor.
+        kwargs: As for the tokenizer.
+    """
+    kwargs.setdefault("add_special_tokens", processor.adds_special_tokens_to(text))
+    shown = processor.image_start + processor.image_token + processor.image_end
+    return processor.tokenizer([sample.replace(processor.image_token, shown) for sample in text], **kwargs)
 
 
 def place_images(inputs: Mapping, processed_images: Mapping, processor) -> dict:

@@ -2,13 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
 
 from ..data.examples import Example, to_example
-from ..data.placing import place_images
+from ..data.placing import place_images, tokenize_prompts
 from ..inference.decoding import GREEDY
 from .answers import normalize
 from .choices import find_choice
@@ -28,6 +28,7 @@ class Prediction:
         chosen (`int`, *optional*): The count that `"auto"` chose, if that is among the counts.
         references (`list[str]`, *optional*): All expected answers, where there are several.
         options (`list[str]`, *optional*): The options, where there are some; answers are then letters.
+        cut (`list[int | str]`, *optional*): The counts at which the answer did not end within the tokens it was given.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Prediction:
     chosen: int | None = None
     references: list[str] | None = None
     options: list[str] | None = None
+    cut: list[int | str] = field(default_factory=list)
 
     def rate(self, rate: Callable[..., float], count: int | str) -> float:
         """
@@ -123,9 +125,7 @@ def encode_questions(
                 asked, expected = _text(dialog[last - 1]), _text(dialog[last])
                 targets.append(Prediction(index, family, asked, expected, {}, references=references, options=options))
             first_image += len(example.images)
-        inputs = processor.tokenizer(
-            prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        )
+        inputs = tokenize_prompts(prompts, processor, padding=True, padding_side="left", return_tensors="pt")
         inputs = dict(inputs.to(model.device))
         if images:
             processed = processor(images=images, return_tensors="pt")
@@ -200,8 +200,13 @@ def answer_questions(
         options = {**GREEDY, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
         output = model.generate(**inputs, num_vision_tokens=count, **options)
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        for target, answer in zip(targets, processor.tokenizer.batch_decode(answers, skip_special_tokens=True)):
-            target.predictions[count] = answer.strip()
+        ends = model.generation_config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends, device=answers.device)
+        has_ended = torch.isin(answers, ends).any(-1).tolist()
+        texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for target, text, ended in zip(targets, texts, has_ended):
+            target.predictions[count] = text.strip()
+            target.cut += [] if ended else [count]
         if output.get("num_vision_tokens") is not None:
             for target, chosen in zip(targets, output["num_vision_tokens"].tolist()):
                 target.chosen = chosen or None

@@ -18,7 +18,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
-from vllm.multimodal.processing import ProcessorInputs
+from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdateDetails
 
 from ..configuration_tokenflex import resolve_named_count
 from ..processing_tokenflex import read_image
@@ -60,7 +60,7 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
     def largest_size(self) -> ImageSize:
         """The size of an image that makes the most tokens. Tiles and grids by shape are full at some shapes alone."""
         processor = self.get_hf_processor()
-        height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
+        height, width = processor.image_size
         sides = range(1, 1 + max(processor.max_patches, *processor.patch_grid))
         sizes = [ImageSize(width * columns, height * rows) for rows in sides for columns in sides]
         return max(sizes, key=self._get_num_image_tokens)
@@ -78,8 +78,8 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
         return super().parse_mm_data(mm_data, **kwargs)
 
     def _get_num_image_tokens(self, size: ImageSize) -> int:
-        [tokens] = self.get_hf_processor().count_vision_tokens([(size.height, size.width)], self.largest_count)
-        return tokens
+        options = {"image_sizes": [(size.height, size.width)], "num_vision_tokens": self.largest_count}
+        return self.get_hf_processor()._get_num_multimodal_tokens(**options)["num_image_tokens"][0]
 
 
 class TokenFlexMultiModalProcessor(MultiModalProcessor):
@@ -170,6 +170,13 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
                 f"fewer, or start it with --mm-processor-kwargs '{{\"num_vision_tokens\": N}}'."
             )
         return fields
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+        # vLLM takes the commonest token of an image's text for the one that holds it, which fails at one token.
+        token_id = self.info.get_hf_config().image_token_id
+        texts = [item.pop("image_replacement_ids").data.tolist() for item in out_mm_kwargs.get("image", ())]
+        replacements = [PromptUpdateDetails.select_token_id(text, token_id) for text in texts]
+        return [PromptReplacement("image", [token_id], replacements.__getitem__)] if texts else []
 
     def _get_num_image_patches(self, hf_inputs, mm_data, num_images: int) -> torch.Tensor:
         hf_inputs.pop("image_shapes", None)  # no argument of the tower's

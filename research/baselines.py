@@ -11,23 +11,39 @@ from ..processing_tokenflex import TokenFlexProcessor
 from ..projector_tokenflex import TokenFlexProjector
 
 
-def use_gelu(model: TokenFlexForConditionalGeneration, seed: int) -> None:
+def use_gelu(model: TokenFlexForConditionalGeneration, seed: int, inner: int | None = None) -> None:
     """
-    Puts a new GELU MLP in the place of the model's SwiGLU, with as many weights to within a row: its inner width is
-    half as large again, since one matrix fewer leads there.
+    Puts a new GELU MLP in the place of the model's SwiGLU.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model, which is changed in place.
+        seed (`int`): The seed of the new weights.
+        inner (`int`, *optional*):
+            The MLP's inner width. Defaults to half as much again as the SwiGLU's, so that it has as many weights to
+            within a row, since one matrix fewer leads there.
+    """
+    config = model.config
+    vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+    if inner is None:
+        inner = round(config.projector_hidden_size * (2 * vision_size + text_size) / (vision_size + text_size))
+    config.projector_connector, config.projector_hidden_act, config.projector_bias = "mlp", "gelu", True
+    config.projector_hidden_size = inner
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.model.multi_modal_projector = TokenFlexProjector(config).apply(model._init_weights)
+
+
+def become_llava(model: TokenFlexForConditionalGeneration, seed: int) -> None:
+    """
+    Gives the model what transformers' LLaVA has between tower and language model: an MLP of the language model's
+    width, behind the tower's last layer and before its norm.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model, which is changed in place.
         seed (`int`): The seed of the new weights.
     """
-    config = model.config
-    vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-    inner = config.projector_hidden_size * (2 * vision_size + text_size) / (vision_size + text_size)
-    config.projector_connector, config.projector_hidden_act = "mlp", "gelu"
-    config.projector_hidden_size = round(inner)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.model.multi_modal_projector = TokenFlexProjector(config).apply(model._init_weights)
+    model.config.vision_feature_layer = model.config.vision_config.num_hidden_layers
+    use_gelu(model, seed, model.config.text_config.hidden_size)
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
+from torch.nn import functional
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache
 
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
-from tokenflex.projector_tokenflex import CONNECTORS, POOLINGS
+from tokenflex.projector_tokenflex import average_pool, pixel_unshuffle
 from tokenflex.towers.tiny import tiny_model_and_processor
 
 
@@ -38,32 +39,54 @@ def test_two_matrices_pool_like_adaptive_avg_pool2d(rows, columns, new_rows, new
 
 @pytest.mark.parametrize(("side", "new_side"), [(27, 8), (27, 12), (27, 16), (24, 16), (16, 12), (8, 6), (27, 27)])
 def test_average_pooling_is_adaptive_avg_pool2d(side, new_side):
-    pool = POOLINGS["average"]()
     features = torch.randn(2, side * side, 5)
     expected = adaptive_avg_pool2d(features.view(2, side, side, 5).permute(0, 3, 1, 2), new_side)
-    pooled = pool(features, (side, side), (new_side, new_side))
+    pooled = average_pool(features, (side, side), (new_side, new_side))
     torch.testing.assert_close(pooled, expected.flatten(2).transpose(1, 2), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_config_names_pooling_and_connector(tiny, tmp_path, pooling, connector):
-    config = type(tiny[0].config).from_dict(tiny[0].config.to_dict())
-    config.projector_pooling, config.projector_connector = pooling, connector
+def connector_options(connector, **options):
+    return {"projector_connector": connector, "projector_bias": connector != "swiglu", **options}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        connector_options("swiglu", projector_norm_eps=1e-3),
+        connector_options("mlp", projector_hidden_act="gelu"),
+        connector_options("linear"),
+        connector_options("mlp", downsample_factor=2, projector_norm_eps=1e-6),
+        connector_options("linear", downsample_factor=4, vision_feature_layer=[-2, 1]),
+    ],
+    ids=str,
+)
+def test_the_config_describes_the_connector(tiny, tmp_path, options):
+    counts = {"num_vision_tokens": 4, "vision_token_choices": [1, 4], "vision_token_weights": [0.5, 0.5]}
+    config = type(tiny[0].config).from_dict(tiny[0].config.to_dict() | options | counts)
     model = TokenFlexForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
     loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
-    assert type(loaded.model.multi_modal_projector.connector) is CONNECTORS[connector]
-    inputs = encode(tiny[1], [2, 1], 16)
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    inputs = encode(tiny[1], [2, 1], 4)
+    output = loaded(**inputs)
+    torch.testing.assert_close(output.logits, model(**inputs).logits)
+    rows, columns = loaded.config.patch_grid
+    assert output.image_outputs.last_hidden_state.shape == (3, rows * columns, config.vision_feature_size)
+    assert loaded.model.multi_modal_projector.connector.down.bias is None or options["projector_bias"]
 
 
-@pytest.mark.parametrize("field", ["projector_pooling", "projector_connector"])
-def test_an_unknown_pooling_or_connector_is_refused(tiny, field):
-    config = type(tiny[0].config).from_dict(tiny[0].config.to_dict())
-    setattr(config, field, "perceiver")
-    with pytest.raises(ValueError, match=f"`{field}`='perceiver'.*(average|swiglu)"):
-        TokenFlexForConditionalGeneration(config)
+def test_an_unknown_connector_is_refused(tiny):
+    with pytest.raises(ValueError, match="`projector_connector`='perceiver'.*swiglu, mlp or linear"):
+        type(tiny[0].config).from_dict(tiny[0].config.to_dict() | {"projector_connector": "perceiver"})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_pixel_unshuffle_is_torchs(rows, columns, factor):
+    features = torch.randn(2, rows * factor, columns * factor, 3)
+    expected = functional.pixel_unshuffle(features.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
+    blocks = pixel_unshuffle(features.flatten(1, 2), (rows, columns), factor)
+    blocks = blocks.view(2, rows, columns, factor**2, 3).transpose(3, 4)  # torch has the channels first
+    assert torch.equal(blocks.flatten(3), expected)
 
 
 def test_mixed_counts_give_each_image_what_it_gets_alone(tiny):

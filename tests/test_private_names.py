@@ -59,8 +59,10 @@ def names_in(path):
                 defined.add(name)
             case ast.Attribute(attr=name):
                 used.add(name)
-            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr" | "delattr"), args=[_, literal, *_]):
-                used.add(getattr(literal, "value", None) or "")
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr" | "setattr" | "delattr"), args=[_, ast.Constant(name), *_]
+            ):
+                used.add(name)
             case ast.ImportFrom(module=module, names=aliases):
                 used.update((module or "").split("."), (alias.name for alias in aliases))
             case ast.Import(names=aliases):

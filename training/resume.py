@@ -177,7 +177,8 @@ def check_same_model(checkpoint: str | Path, model: nn.Module) -> None:
             for name in other
             if name.rsplit(".", 1)[-1] not in varying and not name.startswith("vision_token_") and "." in name
         ]
-        names += ["image_token_id", "vision_feature_layer", "num_prefix_tokens", "projector_hidden_size"]
+        names += ["image_token_id", "vision_feature_layer", "num_prefix_tokens", "downsample_factor"]
+        names += [name for name in other if name.startswith("projector_")]
     else:
         return
     differing = [
