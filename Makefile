@@ -7,7 +7,7 @@ TESTABLE := .venv/.testable
 TESTS ?=
 VERSIONS ?= 5.18.0,torch==2.9.1,torchao==0.16.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 5.24.0,torch==2.14.1
 
-.PHONY: demo test matrix test-upstream test-vllm reproduce bench docs lint clean
+.PHONY: demo test matrix test-upstream test-vllm test-torchvision reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -25,6 +25,9 @@ test-upstream: $(TESTABLE)
 
 test-vllm: $(TESTABLE)
 	tests/engine/run.sh $(TESTS)
+
+test-torchvision: $(TESTABLE)
+	tests/torchvision.sh $(TESTS)
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce

@@ -7,10 +7,12 @@ from . import __version__
 
 
 VERBS = {
+    "adopt": ("towers.adopt", "make a fixed-count vision-language model token-flexible"),
     "init": ("towers.init", "make a new tiny checkpoint for a data set of one's own"),
     "build": ("towers.build", "join a pretrained vision tower and language model to a new checkpoint"),
     "train": ("training.train", "train a checkpoint with vision-token counts drawn per step"),
     "eval": ("evaluation.evaluator", "score a checkpoint on a data set at every vision-token count"),
+    "label": ("evaluation.label", "answer questions about images, as data to tune a checkpoint's other counts on"),
     "calibrate": ("evaluation.calibrate", "teach a checkpoint to choose its count for each question"),
     "paper-table": ("evaluation.paper_table", "put harnesses' scores beside the paper's"),
     "reproduce": (

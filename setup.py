@@ -60,6 +60,7 @@ setup(
             "hypothesis>=6.100",
             "ipykernel>=7.4",
             "nbclient>=0.11",
+            "num2words>=0.5.14",
             "onnx>=1.21",
             "onnxruntime>=1.24",
             "onnxscript>=0.7",

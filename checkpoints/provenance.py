@@ -13,6 +13,9 @@ from .. import __version__
 from .files import PROVENANCE_NAME
 
 
+ADOPTED = "pooling before connector"  # the stage of `tokenflex adopt`
+
+
 def read_provenance(checkpoint: str | Path) -> dict:
     """
     Reads the history of a checkpoint, as far as it is known.

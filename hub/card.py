@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import AutoConfig
 
-from ..checkpoints.provenance import is_hub_id, read_provenance
+from ..checkpoints.provenance import ADOPTED, is_hub_id, read_provenance
 from ..evaluation.report import markdown_table
 from .checkpoint import count_parameters
 
@@ -174,8 +174,9 @@ def build_card(
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         config=config,
-        rows=rows,
-        columns=columns,
+        rows=rows * config.downsample_factor,
+        columns=columns * config.downsample_factor,
+        is_trained=[stage["stage"] for stage in provenance["stages"][-1:]] != [ADOPTED],
         largest=min(rows, columns),
         size=image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size),
         parameters=count_parameters(checkpoint),

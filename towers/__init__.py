@@ -1,1 +1,1 @@
-"""From pretrained towers to a checkpoint; the embedded tiny model."""
+"""From pretrained towers, or a whole vision-language model, to a checkpoint; the embedded tiny model."""

@@ -143,7 +143,9 @@ def build_from_towers(
         num_tokens = max(image_token_id, end_token_id or 0) + 1
         if num_tokens > text_config.vocab_size:
             model.resize_token_embeddings(num_tokens)
-    model.generation_config = _generation_config(causal_lm.generation_config, tokenizer, image_token_id, end_token_id)
+    model.generation_config = flexible_generation_config(
+        causal_lm.generation_config, tokenizer, image_token_id, end_token_id
+    )
     for part in (vision_config, text_config):
         if Path(part.name_or_path).is_dir():
             part.name_or_path = ""  # a folder of this machine is of no use in a checkpoint
@@ -156,14 +158,15 @@ def build_from_towers(
     return model, processor
 
 
-def default_vision_tokens(patch_grid: tuple[int, int]) -> tuple[list[int], list[float]]:
+def default_vision_tokens(patch_grid: tuple[int, int], largest: int = 16) -> tuple[list[int], list[float]]:
     """
     The counts to train with and their weights: the paper's 64, 144 and 256 at 2:3:5 where the patch grid has 16 x 16
-    patches or more. On a smaller grid with at most `n * n` tokens, the squares nearest to a quarter and to 9/16 of
+    patches or more. On another grid with at most `n * n` tokens, the squares nearest to a quarter and to 9/16 of
     these, and all of them, as the paper's counts are of 256; equal ones are one choice with the sum of their weights.
 
     Args:
         patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
+        largest (`int`, *optional*, defaults to 16): The side of the largest count, where the grid has as many.
 
     Example:
 
@@ -176,7 +179,7 @@ def default_vision_tokens(patch_grid: tuple[int, int]) -> tuple[list[int], list[
     ([49, 100, 196], [0.2, 0.3, 0.5])
     ```
     """
-    largest = min(*patch_grid, 16)
+    largest = min(*patch_grid, largest)
     weights = {}
     for share, weight in ((1 / 4, 0.2), (9 / 16, 0.3), (1, 0.5)):
         side = min(range(1, largest + 1), key=lambda side: abs(side**2 - share * largest**2))
@@ -241,9 +244,18 @@ def _assemble(
     return model
 
 
-def _generation_config(
-    own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, image_token_id: int, end_token_id: int | None
+def flexible_generation_config(
+    own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, image_token_id: int, end_token_id: int | None = None
 ) -> GenerationConfig:
+    """
+    The generation config of a model's parts, for the whole: answers hold no image tokens.
+
+    Args:
+        own (`GenerationConfig`): The language model's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        image_token_id (`int`): The image token.
+        end_token_id (`int`, *optional*): A further token that ends answers.
+    """
     # Fresh, since the config that a model derives for itself drops unknown keys when it is loaded again.
     options = own.to_diff_dict()
     # transformers refuses to save sampling options without sampling, which published configs have.

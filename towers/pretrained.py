@@ -10,10 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     SiglipImageProcessorPil,
 )
 from transformers.image_utils import (
@@ -25,7 +27,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, is_torchvision_available, logging
 
 from ..configuration_tokenflex import TokenFlexConfig
 from ..processing_tokenflex import IMAGE_TOKEN
@@ -53,7 +56,7 @@ def read_vision_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         ValueError: If there is no tower with a fixed grid of patches.
     """
-    whole = _read_config("vision_tower", checkpoint)
+    whole = read_config("vision_tower", checkpoint)
     config = getattr(whole, "vision_config", whole)
     if config.model_type == "siglip2_vision_model":
         raise ValueError(
@@ -84,7 +87,7 @@ def read_text_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         ValueError: If it is something else.
     """
-    config = _read_config("language_model", checkpoint)
+    config = read_config("language_model", checkpoint)
     if config.sub_configs or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = "has other parts than text" if config.sub_configs else "is no causal language model"
         raise ValueError(
@@ -106,7 +109,7 @@ def load_vision_tower(checkpoint: str, config: PreTrainedConfig, dtype: str | to
     Raises:
         ValueError: If weights are missing.
     """
-    with _quiet_loading():
+    with quiet_loading():
         tower, info = AutoModel.from_pretrained(
             checkpoint,
             config=config,
@@ -114,7 +117,7 @@ def load_vision_tower(checkpoint: str, config: PreTrainedConfig, dtype: str | to
             key_mapping={r"^(model\.)?vision_tower\.": ""},  # the tower's name in vision-language models
             output_loading_info=True,
         )
-    _refuse_missing("vision_tower", checkpoint, tower, info)
+    refuse_missing("vision_tower", checkpoint, tower, info)
     return tower
 
 
@@ -135,7 +138,7 @@ def load_language_model(
     causal_lm, info = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, dtype=dtype, output_loading_info=True
     )
-    _refuse_missing("language_model", checkpoint, causal_lm, info)
+    refuse_missing("language_model", checkpoint, causal_lm, info)
     return causal_lm
 
 
@@ -206,7 +209,56 @@ def load_image_processor(checkpoint: str, vision_config: PreTrainedConfig) -> Si
     return SiglipImageProcessorPil(size={"height": height, "width": width}, **options)
 
 
-def _read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
+def load_images_processor(checkpoint: str, config: PreTrainedConfig) -> ProcessorMixin:
+    """
+    Loads a vision-language model's processor; where what its videos need is not installed, for images alone.
+
+    Args:
+        checkpoint (`str`): Hub id or folder.
+        config (`PreTrainedConfig`): The model's configuration.
+
+    Raises:
+        ValueError: If parts of the processor are missing.
+    """
+    processor_class = PROCESSOR_MAPPING.get(type(config), None)
+    needs_videos = processor_class is not None and "video_processor" in processor_class.get_attributes()
+    try:
+        if needs_videos and not is_torchvision_available():
+            processor = _images_only(processor_class).from_pretrained(checkpoint, video_processor=None)
+        else:
+            processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+        if not isinstance(processor, ProcessorMixin):
+            raise TypeError(f"It has a {type(processor).__name__} alone.")
+        return processor
+    except ImportError as error:
+        raise ValueError(f"`model`={checkpoint!r}: its processor needs a package that is not here: {error}") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`model`={checkpoint!r} comes without a processor that can be loaded: add the files that its processor's "
+            f"`save_pretrained` writes. ({error})"
+        ) from None
+
+
+def _images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    class ImagesOnly(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    return ImagesOnly
+
+
+def read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
+    """
+    The configuration of a checkpoint of transformers, whose weights are as they were trained.
+
+    Args:
+        argument (`str`): The argument to name in errors.
+        checkpoint (`str`): Hub id or folder.
+
+    Raises:
+        ValueError: If there is none, it is quantized, or it is a TokenFLEX checkpoint.
+    """
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -224,7 +276,19 @@ def _read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
     return config
 
 
-def _refuse_missing(argument: str, checkpoint: str, model: PreTrainedModel, info: dict) -> None:
+def refuse_missing(argument: str, checkpoint: str, model: PreTrainedModel, info: dict) -> None:
+    """
+    Refuses a model that was loaded with weights missing.
+
+    Args:
+        argument (`str`): The argument to name in errors.
+        checkpoint (`str`): Hub id or folder.
+        model ([`~transformers.PreTrainedModel`]): The model.
+        info (`dict`): What `from_pretrained` says with `output_loading_info`.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -234,7 +298,7 @@ def _refuse_missing(argument: str, checkpoint: str, model: PreTrainedModel, info
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keeps transformers from listing every weight of the parts that are left unread."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

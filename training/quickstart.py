@@ -77,7 +77,7 @@ def quickstart(
     else:
         for folder in (tower, *(stages / recipe.stem for recipe in STAGES)):
             shutil.rmtree(folder, ignore_errors=True)
-        _train_tower(model, processor, tower, seed, steps_scale)
+        train_tower(model, processor, tower, seed, steps_scale)
         end_run(tower, settings)
     _say("\nStages 2 and 3, by the small recipes: projector and language model on all patches; all at drawn counts.")
     argv = ["--model_name_or_path", str(tower / "final"), "--output_dir", str(stages), "--seed", str(seed)]
@@ -108,8 +108,17 @@ def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-def _train_tower(model: nn.Module, processor, folder: Path, seed: int, steps_scale: float) -> None:
-    """Saves the model, its tower trained, where a run of `train` would."""
+def train_tower(model: nn.Module, processor, folder: Path, seed: int, steps_scale: float) -> None:
+    """
+    Trains a tiny model's tower alone and saves the model where a run of `train` would.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model, changed in place.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        folder (`Path`): The folder.
+        seed (`int`): The seed of the labels' head and of the order.
+        steps_scale (`float`): Scales the steps.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         labeled = PatchLabelModel(model.model.vision_tower, model.config.patch_grid)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 COUNTS = (4, 16, 36)
+KEPT = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
 IMAGES = [draw_scene(5, index).image for index in range(3)]
 TEXTS = ["<|image_pad|> which color?", "one <|image_pad|> and one <|image_pad|>: how tall is the red bar?"]
 
@@ -30,15 +31,15 @@ def documented():
     page = (Path(__file__).parents[2] / "docs/export.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names, code = {}, ast.parse(block)
-    code.body = [node for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
+    code.body = [node for node in code.body if isinstance(node, KEPT)]
     exec(compile(code, "export.md", "exec"), names)
     return names
 
 
 @pytest.fixture(scope="module")
-def parts(tiny, documented, tmp_path_factory):
+def parts(both, documented, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    documented["export"](tiny[0], encode(tiny[1], 16).data, COUNTS, folder)
+    documented["export"](both[0], encode(both[1], 16).data, COUNTS, folder)
     names = {path.stem: onnxruntime.InferenceSession(path) for path in folder.glob("*.onnx")}
     assert names.keys() == {"image_encoder", "embedding", "decoder", *(f"projector_{count}" for count in COUNTS)}
     return names
@@ -49,14 +50,14 @@ def encode(processor, counts, texts=TEXTS, images=IMAGES, return_tensors="pt"):
 
 
 def vision_tokens(parts, pixel_values, count):
-    (patches,) = parts["image_encoder"].run(["last_hidden_state"], {"pixel_values": pixel_values.numpy()})
+    (patches,) = parts["image_encoder"].run(["patch_features"], {"pixel_values": pixel_values.numpy()})
     return torch.from_numpy(parts[f"projector_{count}"].run(None, {"patch_features": patches})[0])
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_vision_tokens_are_the_models(tiny, parts, count, num_images):
-    model, processor = tiny
+def test_vision_tokens_are_the_models(both, parts, count, num_images):
+    model, processor = both
     pixel_values = encode(processor, count)["pixel_values"][:num_images]
     with torch.no_grad():
         expected = model.get_image_features(pixel_values, num_vision_tokens=count).pooler_output
@@ -66,8 +67,8 @@ def test_vision_tokens_are_the_models(tiny, parts, count, num_images):
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("rows", [[0], [1], [0, 1], [1, 0, 0]])
-def test_logits_are_the_models_whatever_is_padded_or_cached(tiny, parts, count, rows):
-    model, processor = tiny
+def test_logits_are_the_models_whatever_is_padded_or_cached(both, parts, count, rows):
+    model, processor = both
     images = [image for row in rows for image in (IMAGES[:1] if row == 0 else IMAGES[1:])]
     inputs = encode(processor, count, [TEXTS[row] for row in rows], images)
     mask = inputs["attention_mask"]
@@ -95,8 +96,8 @@ def test_logits_are_the_models_whatever_is_padded_or_cached(tiny, parts, count, 
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [16, 16, 16], [36, 36, 36], [36, 4, 16]])
-def test_greedy_answers_are_those_of_generate(tiny, parts, documented, counts):
-    model, processor = tiny
+def test_greedy_answers_are_those_of_generate(both, parts, documented, counts):
+    model, processor = both
     inputs = encode(processor, counts)
     expected = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, -8:]
     arrays = encode(processor, counts, return_tensors="np")
@@ -106,8 +107,8 @@ def test_greedy_answers_are_those_of_generate(tiny, parts, documented, counts):
     assert answers.tolist() == expected.tolist()
 
 
-def test_generating_stops_when_every_answer_has_ended(tiny, parts, documented):
-    processor = tiny[1]
+def test_generating_stops_when_every_answer_has_ended(both, parts, documented):
+    processor = both[1]
     arguments = parts, encode(processor, 4, return_tensors="np"), [4, 4, 4], processor.image_token_id
     whole = documented["generate"](*arguments, [], max_new_tokens=8)
     ends = [row[2] for row in whole.tolist()]

@@ -17,9 +17,9 @@ GENERATE = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": 
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny, tmp_path_factory):
+def quantized(both, tmp_path_factory):
     path = tmp_path_factory.mktemp("torchao")
-    save_checkpoint(path / "checkpoint", *tiny)
+    save_checkpoint(path / "checkpoint", *both)
     config = TorchAoConfig(
         quantization.Int8DynamicActivationInt8WeightConfig(),
         modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
@@ -48,16 +48,16 @@ def test_only_the_language_model_is_quantized(quantized):
 
 
 @pytest.mark.parametrize("count", [4, 16, 36])
-def test_answers_stay_close_at_every_count(tiny, quantized, count):
-    plain, processor = tiny
+def test_answers_stay_close_at_every_count(both, quantized, count):
+    plain, processor = both
     inputs = encode(processor, count)
     expected, logits = logits_of(plain, inputs), logits_of(quantized[0], inputs)
     assert 0 < (logits - expected).abs().max() < 0.1 * expected.abs().max()
     assert torch.equal(logits_of(quantized[1], inputs), logits)
 
 
-def test_a_recounted_prompt_equals_an_encoded_one(tiny, quantized):
-    processor = tiny[1]
+def test_a_recounted_prompt_equals_an_encoded_one(both, quantized):
+    processor = both[1]
     for model in quantized:
         for count in (4, [36, (2, 5), 9]):
             encoded = model.generate(**encode(processor, count), **GENERATE)

@@ -23,11 +23,13 @@ QUESTION = "which color is the paper?"
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["tiny", "demo"])
-def checkpoint(request, pristine, tmp_path_factory):
-    if request.param == "tiny":
+@pytest.fixture(scope="module", params=["tiny", "adopted", "demo"])
+def checkpoint(request, tmp_path_factory):
+    if request.param != "demo":
         path = tmp_path_factory.mktemp("engine") / "checkpoint"
-        save_checkpoint(path, *pristine)
+        save_checkpoint(
+            path, *request.getfixturevalue({"tiny": "pristine", "adopted": "pristine_adopted"}[request.param])
+        )
         return path
     path = Path(os.environ.get("TOKENFLEX_DEMO", "outputs/demo/checkpoint"))
     return path if path.is_dir() else pytest.skip(f"no {path}: run `make demo` first")
@@ -159,7 +161,11 @@ def test_count_of_an_image_changes(engine, reference, compared, label):
         ([A], {"num_vision_tokens": "auto"}, "needs `tokenflex serve`"),
         ([A], {"num_vision_tokens": "lots"}, "`num_vision_tokens`='lots'"),
         ([A, B], {"crop_to_patches": [True]}, "lists 1 entries for 2 images"),
-        ([WIDE], {"crop_to_patches": True, "max_patches": 3}, "192 vision tokens, and this engine has reserved 64"),
+        (
+            [WIDE],
+            {"crop_to_patches": True, "max_patches": 3},
+            r"19[24] vision tokens, and this .* reserved 6[46]",
+        ),
         ([A] * 5, {"num_vision_tokens": 4}, "At most 4 image"),
         ([A], {"num_vision_token": 4}, "did you mean `num_vision_tokens`"),
     ],

@@ -11,19 +11,19 @@ from transformers import AutoModelForImageTextToText
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
 from tokenflex.generation_tokenflex import smallest_sufficient
-from tokenflex.towers.tiny import tiny_model_and_processor
 
 
 CHOICES = [4, 16, 36]
 
 
 @pytest.fixture(scope="module")
-def chooser():
-    """A tiny model with a random head, which chooses among all counts."""
-    model, processor = tiny_model_and_processor()
-    hidden_size = model.config.text_config.hidden_size
-    weight = 0.3 * torch.randn(3, hidden_size, generator=torch.Generator().manual_seed(0))
-    give_chooser(model, CHOICES, weight)
+def chooser(both):
+    """A model with a random head, which chooses among all counts."""
+    model, processor = both
+    hidden_states = model.eval().read_questions(**encode(processor, range(12)))
+    spread = (hidden_states - hidden_states.mean(0)).norm(dim=-1).mean()
+    weight = torch.randn(3, hidden_states.shape[1], generator=torch.Generator().manual_seed(0)) / spread
+    give_chooser(model, CHOICES, weight, bias=-(weight @ hidden_states.mean(0)))
     return model.eval(), processor
 
 

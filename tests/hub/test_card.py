@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tokenflex.checkpoints.files import save_checkpoint
-from tokenflex.checkpoints.provenance import add_stage
+from tokenflex.checkpoints.provenance import ADOPTED, add_stage
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation import evaluate, save_report
 from tokenflex.hub.card import build_card, eval_results_yaml, read_evaluation
@@ -24,10 +24,10 @@ PROVENANCE = add_stage(
 
 
 @pytest.fixture(scope="module")
-def published(tiny, tmp_path_factory):
+def published(both, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    save_checkpoint(folder / "checkpoint", *tiny, provenance=PROVENANCE)
-    report, predictions = evaluate(*tiny, SyntheticVQA(8, 5), latency_batch_size=2, show_progress=False)
+    save_checkpoint(folder / "checkpoint", *both, provenance=PROVENANCE)
+    report, predictions = evaluate(*both, SyntheticVQA(8, 5), latency_batch_size=2, show_progress=False)
     report |= {"dataset": ["someone/shapes"], "dataset_split": "test"}
     save_report(folder / "eval", report, predictions, "shapes")
     return folder
@@ -50,6 +50,16 @@ def test_every_score_in_the_card_is_the_evaluations(published):
         assert cells["95 % of means"] == "–".join(f"{100 * bound:.1f}" for bound in report["interval"][count])
         assert cells["ms to first token"] == f"{report['milliseconds_to_first_token'][count]:.1f}"
         assert cells["peak MiB"] == f"{report['peak_memory_mib'][count]:.0f}"
+
+
+def test_the_card_of_an_adopted_model_does_not_say_that_it_was_trained(pristine_adopted, tmp_path):
+    adopted = add_stage({"base_models": ["OpenGVLab/InternVL3-1B-hf"], "stages": []}, ADOPTED)
+    save_checkpoint(tmp_path / "adopted", *pristine_adopted, provenance=adopted)
+    card = build_card(tmp_path / "adopted", "me/flexible", license="mit").text
+    assert "Not trained at other counts than its base model." in card and "Trained at" not in card
+    assert "16×16\npatches of a 64×64 image" in card
+    save_checkpoint(tmp_path / "tuned", *pristine_adopted, provenance=add_stage(adopted, "training"))
+    assert "Trained at 4" in build_card(tmp_path / "tuned", "me/flexible", license="mit").text
 
 
 def test_the_card_says_how_the_checkpoint_was_made(published):

@@ -68,6 +68,13 @@ def test_what_asks_for_no_count_stays_as_it_is(counts, asked):
     assert translate(counts, asked) == asked
 
 
+def test_special_tokens_are_added_where_the_template_leaves_them_to_the_tokenizer(pristine_adopted):
+    model, processor = pristine_adopted
+    counts = RequestCounts(processor, model.config, 16)
+    assert translate(counts, body(part()))["add_special_tokens"] is True
+    assert translate(counts, body(part(), add_special_tokens=False))["add_special_tokens"] is False
+
+
 def test_shapes_are_the_requests_to_choose(counts):
     asked = {"num_vision_tokens": 20, "match_aspect_ratio": True, "crop_to_patches": False}
     assert translate(counts, body(part(), mm_processor_kwargs=asked))["mm_processor_kwargs"] == asked

@@ -52,7 +52,7 @@ def changed(before, after):
     return {name for name in before if before[name] != after[name]}
 
 
-@pytest.mark.parametrize("recipe", SHIPPED)
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_a_stage_changes_exactly_the_parameters_it_says(start, tmp_path, recipe):
     command(
         start, tmp_path, "--config", recipe, "--learning_rate", "0.01", "--warmup_steps", "1", "--weight_decay", "0.1"
@@ -61,6 +61,10 @@ def test_a_stage_changes_exactly_the_parameters_it_says(start, tmp_path, recipe)
     moved = changed(before, hashes(tmp_path / "final"))
     trained = {name for name in before if PART_OF_HEAD.get(name, name.split(".")[1]) in TRAINED[recipe]}
     assert moved == trained
+
+
+def test_every_recipe_that_trains_weights_in_full_is_tested():
+    assert set(SHIPPED) == {*TRAINED, "adopt/tune.yaml"}, "adapters are merged in `tests/evaluation/test_label.py`"
 
 
 def test_three_stages_are_one_command_that_can_be_given_again(start, tmp_path, caplog):

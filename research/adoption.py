@@ -1,0 +1,202 @@
+"""
+Adoption in small: a LLaVA of transformers that was trained at one count, made token-flexible and tuned.
+
+For each seed a tiny model is trained on all 64 patches alone and saved as transformers' LLaVA; `tokenflex adopt` takes
+it; `tokenflex label` lets it answer questions; `tokenflex train --config adopt/tune.yaml` tunes it, once on its own
+answers and once on the labels. Beside it stands a model that was trained with drawn counts for as many steps.
+"""
+
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from ..checkpoints.files import write_file
+from ..data.synthetic import SyntheticVQA
+from ..evaluation.intervals import mean_over_seeds
+from ..evaluation.label import label
+from ..evaluation.metrics import get_metric
+from ..evaluation.sweep import predict
+from ..modeling_tokenflex import TokenFlexForConditionalGeneration
+from ..processing_tokenflex import TokenFlexProcessor
+from ..towers import adopt
+from ..towers.tiny import tiny_model_and_processor
+from ..training import train
+from ..training.quickstart import train_tower
+from ..training.resume import end_run, has_ended
+from .baselines import become_llava
+
+
+COUNTS = (4, 16, 36, 64)
+TEST_SEED = 29_001  # of images that nothing was trained or tuned on
+TUNE_SEED, TUNE_STEPS, BATCH_SIZE = 24_000, 250, 16  # of the images that are tuned on
+EACH = ["1"] * len(COUNTS)
+DRAWN = ["--vision_token_choices", *map(str, COUNTS), "--vision_token_weights", *EACH]
+FIXED = ["--vision_token_choices", "64", "--vision_token_weights", "1"]
+TRAINING = ["--dataloader_pin_memory", "false", "--report_to", "none", "--disable_tqdm", "true"]
+TUNING = (
+    "--bf16 false --gradient_checkpointing false --learning_rate 2e-3 --projector_learning_rate 2e-3 "
+    f"--per_device_train_batch_size {BATCH_SIZE} --gradient_accumulation_steps 1 --max_steps {TUNE_STEPS} "
+    "--dataloader_num_workers 0 --check_rows lazily"
+).split()
+
+
+def save_llava(model: TokenFlexForConditionalGeneration, processor: TokenFlexProcessor, folder: Path) -> None:
+    """
+    Saves a model as transformers' LLaVA, with its processor.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): A model that [`become_llava`] has changed.
+        processor ([`TokenFlexProcessor`]): Its processor.
+        folder (`Path`): The folder.
+    """
+    config = LlavaConfig(
+        vision_config=model.config.vision_config,
+        text_config=model.config.text_config,
+        image_token_id=model.config.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=model.config.tie_word_embeddings,
+    )
+    llava, connector = LlavaForConditionalGeneration(config), model.model.multi_modal_projector.connector
+    llava.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+    llava.model.language_model.load_state_dict(model.model.language_model.state_dict())
+    llava.model.multi_modal_projector.linear_1.load_state_dict(connector.up.state_dict())
+    llava.model.multi_modal_projector.linear_2.load_state_dict(connector.down.state_dict())
+    llava.lm_head.load_state_dict(model.lm_head.state_dict())
+    llava.generation_config = model.generation_config
+    llava.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy="full",
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    ).save_pretrained(folder)
+
+
+def run_seed(seed: int, folder: Path, scale: float = 1.0, test_images: int = 1000) -> dict:
+    """
+    One seed of the experiment, from nothing to its scores. What a former call has finished is used again.
+
+    Args:
+        seed (`int`): The seed of weights, data and draws.
+        folder (`Path`): Folder for everything.
+        scale (`float`, *optional*, defaults to 1.0): Scales the steps of the models' training.
+        test_images (`int`, *optional*, defaults to 1000): The number of images to test on.
+
+    Returns:
+        `dict`: For each model `right`, for each count a 1 or 0 for every question; `families` and `images` of the
+        questions; `minutes` of labeling and tuning.
+    """
+    folder = folder / str(seed)
+    tower, adopted, labeled = folder / "tower", folder / "adopted", folder / "labeled"
+    if not has_ended(tower, {"scale": scale}):
+        model, processor = tiny_model_and_processor(seed)
+        become_llava(model, seed)
+        train_tower(model, processor, tower, seed, scale)
+        end_run(tower, {"scale": scale})
+
+    def trained(recipe: str, start: Path, name: str, *options: str) -> Path:
+        options = ["--output_dir", str(folder / name), "--seed", str(seed), *TRAINING, *options]
+        train.main(["--config", recipe, "--model_name_or_path", str(start), *options])
+        return folder / name / "final"
+
+    epochs = ["--num_train_epochs", str(scale)]
+    base = trained("small/stage1.yaml", tower / "final", "base", *epochs)
+    drawn = trained("small/stage2.yaml", base, "drawn", *DRAWN, *epochs)
+    fixed = trained("small/stage2.yaml", base, "fixed", *FIXED, *epochs)
+    if not (adopted / "config.json").is_file():
+        save_llava(*_load(fixed), folder / "llava")
+        adopt.main(["--model", str(folder / "llava"), "--output_dir", str(adopted), *DRAWN])
+    clock = folder / "minutes.json"
+    minutes, start = json.loads(clock.read_text()) if clock.is_file() else {}, time.perf_counter()
+    images = SyntheticVQA(TUNE_STEPS * BATCH_SIZE, TUNE_SEED + seed)
+    if not (labeled / "rows.jsonl").is_file():
+        label(*_load(adopted), images, labeled, batch_size=128, max_new_tokens=16)
+        minutes["labeling"] = (time.perf_counter() - start) / 60
+    rows = {"own answers": str(labeled / "rows.jsonl"), "labels": f"synthetic:{len(images)}@{TUNE_SEED + seed}"}
+    models = {"drawn": drawn, "adopted": adopted}
+    for kind, dataset in rows.items():
+        start = time.perf_counter()
+        name = f"tuned on {kind}"
+        models[name] = trained("adopt/tune.yaml", adopted, name.replace(" ", "_"), "--dataset", dataset, *TUNING)
+        minutes.setdefault(name, (time.perf_counter() - start) / 60)
+        write_file(clock, json.dumps(minutes))
+    test, rate = SyntheticVQA(test_images, TEST_SEED), get_metric("exact_match")
+    right = {}
+    for name, checkpoint in models.items():
+        answers = predict(*_load(checkpoint), test, COUNTS, batch_size=128, show_progress=False)
+        right[name] = {str(n): [int(answer.rate(rate, n)) for answer in answers] for n in COUNTS}
+    questions = {"families": [answer.family for answer in answers], "images": [answer.index for answer in answers]}
+    return {"seed": seed, "right": right, "minutes": minutes, **questions}
+
+
+def _load(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def table(results: Sequence[Mapping]) -> str:
+    """
+    The table of all models and the differences that matter, in Markdown.
+
+    Args:
+        results (`Sequence[Mapping]`): What [`run_seed`] returned, for each seed.
+    """
+    families, images = results[0]["families"], results[0]["images"]
+
+    def over_seeds(name: str, count: int, minus: str | None = None, minus_count: int | None = None):
+        scores = [result["right"][name][str(count)] for result in results]
+        if minus is not None:
+            other = [result["right"][minus][str(minus_count or count)] for result in results]
+            scores = [[a - b for a, b in zip(*pair)] for pair in zip(scores, other)]
+        return mean_over_seeds(scores, families, images)
+
+    def cell(interval, sign: str = "") -> str:
+        mean, low, high = (100 * value for value in interval)
+        return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+    head = "| | " + " | ".join(f"@{count}" for count in COUNTS) + " |"
+    lines = [head, "|---|" + "---:|" * len(COUNTS)]
+    for name in results[0]["right"]:
+        lines.append(f"| {name} | " + " | ".join(cell(over_seeds(name, count)) for count in COUNTS) + " |")
+    differences = [
+        ("tuned on own answers", "drawn"),
+        ("tuned on own answers", "adopted"),
+        ("tuned on own answers", "tuned on labels"),
+    ]
+    lines += ["", head, "|---|" + "---:|" * len(COUNTS)]
+    for first, second in differences:
+        cells = (cell(over_seeds(first, count, second), "+") for count in COUNTS)
+        lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
+    minutes = {name: max(result["minutes"][name] for result in results) for name in results[0]["minutes"]}
+    lines += ["", "Minutes at most: " + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m tokenflex.research.adoption", description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--output_dir", default="outputs/adoption", help="Folder. Default: %(default)s.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Default: 0 1 2.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Scales the steps of training. Default: 1.")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results = [run_seed(seed, Path(args.output_dir), args.scale) for seed in args.seeds]
+    print(f"{len(results)} seeds, {torch.get_num_threads()} threads\n\n{table(results)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
