@@ -181,13 +181,12 @@ def _encode_dialog(dialog: list[dict], processor) -> tuple[list[int], list[int]]
     for tokens, is_answer in zip(encoded, are_answers):
         ids.extend(tokens)
         labels.extend(tokens if is_answer else [-100] * len(tokens))
-    tokenizer = processor.tokenizer
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if tokenizer.eos_token_id is not None and ids[-1] not in special.union(tokenizer.all_special_ids):
-        ids.append(tokenizer.eos_token_id)  # some templates leave it to whoever trains
-        labels.append(tokenizer.eos_token_id)
     if all(label == -100 for label in labels):
         raise BadRowError("the tokenizer has no tokens for its answers")
+    end = processor.tokenizer.eos_token_id
+    if end is not None and processor.tokenizer.decode(ids[-1:], skip_special_tokens=True):
+        ids.append(end)  # some templates leave it to whoever trains
+        labels.append(end)
     return ids, labels
 
 

@@ -118,7 +118,7 @@ def label(
     """
     output_dir = Path(output_dir)
     count = model.config.num_vision_tokens if num_vision_tokens is None else num_vision_tokens
-    run = {**fingerprint(model, processor), "counts": [count], "max_new_tokens": max_new_tokens}
+    run = {**fingerprint(model, processor), "rows": len(rows), "counts": [count], "max_new_tokens": max_new_tokens}
     options = (model, processor, rows, [count], batch_size, max_new_tokens, show_progress)
     partial = output_dir / PARTIAL
     answers = predict_on_and_on(partial, json.loads(json.dumps(run)), *options)

@@ -102,9 +102,9 @@ def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> 
         raise ValueError(f"The request has {len(details)} images, and this engine takes {max_images}.")
     body, options = dict(body), body.get("mm_processor_kwargs") or {}
     # vLLM adds none to chats unless it is told; templates of adopted models may leave them to the tokenizer.
-    begun = counts.processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
-    if counts.processor.adds_special_tokens_to(begun):
-        body.setdefault("add_special_tokens", True)
+    if counts.processor.add_special_tokens:
+        begun = counts.processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+        body.setdefault("add_special_tokens", counts.processor.adds_special_tokens_to(begun))
     if body.get("media_io_kwargs"):
         raise ValueError("`media_io_kwargs` is the server's to set: leave it out.")
     if not isinstance(options, dict):

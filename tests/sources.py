@@ -55,6 +55,10 @@ def square(size):
     return {"height": size, "width": size}
 
 
+LIKE_CLIP = {
+    "image_processor": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": square(28)}),
+    "processor": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+}
 # The model's class and configuration; its tokenizer's special tokens, by attribute; its image processor and the
 # processor's options; whether the tokenizer or the template writes the token that begins a text.
 SOURCES = {
@@ -62,8 +66,7 @@ SOURCES = {
         "model": "LlavaForConditionalGeneration",
         "config": {"vision_config": CLIP, "text_config": text("llama"), "vision_feature_layer": -2},
         "tokens": {"image_token": "<image>"},
-        "image_processor": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": square(28)}),
-        "processor": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        **LIKE_CLIP,
     },
     "llava-interleave": {
         "model": "LlavaForConditionalGeneration",
@@ -87,15 +90,13 @@ SOURCES = {
             "multimodal_projector_bias": False,
         },
         "tokens": {"image_token": "<image>"},
-        "image_processor": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": square(28)}),
-        "processor": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        **LIKE_CLIP,
     },
     "vipllava": {
         "model": "VipLlavaForConditionalGeneration",
         "config": {"vision_config": CLIP, "text_config": text("llama"), "vision_feature_layers": [-1, -2, 1]},
         "tokens": {"image_token": "<image>"},
-        "image_processor": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 28}, "crop_size": square(28)}),
-        "processor": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        **LIKE_CLIP,
     },
     "llava_next": {
         "model": "LlavaNextForConditionalGeneration",
@@ -105,7 +106,7 @@ SOURCES = {
             "LlavaNextImageProcessorPil",
             {"size": {"shortest_edge": 28}, "crop_size": square(28), "image_grid_pinpoints": PINPOINTS},
         ),
-        "processor": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        "processor": LIKE_CLIP["processor"],
     },
     "llava_onevision": {
         "model": "LlavaOnevisionForConditionalGeneration",

@@ -116,6 +116,8 @@ def test_a_stopped_run_goes_on(ending, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         label(model, processor, data, tmp_path / "stopped", **options)
     assert (tmp_path / "stopped" / PARTIAL).exists() and not (tmp_path / "stopped/rows.jsonl").exists()
+    with pytest.raises(ValueError, match="answers of another evaluation, which differs in .*rows"):
+        label(model, processor, SyntheticVQA(2, seed=5), tmp_path / "stopped", **options)
     assert label(model, processor, data, tmp_path / "stopped", **options).read_text() == whole
 
 
