@@ -90,6 +90,13 @@ class TokenFlexTrainingArguments(TrainingArguments):
     distillation_temperature: float = field(
         default=1.0, metadata={"help": "With `--scheme distill`, what logits are divided by before they are compared."}
     )
+    distillation_from_base: bool = field(
+        default=False,
+        metadata={
+            "help": "With `--scheme distill` and adapters, every count follows the model as it was before them at the "
+            "largest count, so that what it knows there is kept. Default: the smaller follow the largest as it is."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Put the samples of a micro-batch behind each other into as few rows as they fit."},

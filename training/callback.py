@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, is_peft_model
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -55,6 +57,7 @@ class VisionTokenCallback(TrainerCallback):
         self._since = 0.0
         self._places = None
         self._rows = None
+        self._asked_base = None
 
     @property
     def num_vision_tokens(self) -> float | None:
@@ -93,7 +96,21 @@ class VisionTokenCallback(TrainerCallback):
         collator.vision_token_weights = list(config.vision_token_weights if weights is None else weights)
         collator.seed = args.seed if seed is None else seed
         collator.check_distillation()
+        if collator.distillation_from_base:
+            self._check_base(model)
         self.args = args
+
+    def _check_base(self, model):
+        if not is_peft_model(model):
+            raise ValueError(
+                "`distillation_from_base`=True: the teacher is the model without its adapters, and this one has none. "
+                "Give it some (`--lora_rank 16`, or `add_adapters`), or leave it out: the largest count teaches then."
+            )
+        if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "`distillation_from_base`=True under FSDP or DeepSpeed: the teacher runs the tower where there are "
+                "images, and processes that share weights have to do alike. Use the strategy `ddp`, or leave it out."
+            )
 
     def refuse_removed_columns(self, rows: Sequence) -> None:
         """
@@ -172,22 +189,30 @@ class VisionTokenCallback(TrainerCallback):
         Returns:
             `torch.Tensor`: The loss.
         """
-        logits, places, rows = outputs["logits"], self._places, self._rows
-        self._places = self._rows = None
+        logits, places, rows, asked = outputs["logits"], self._places, self._rows, self._asked_base
+        self._places = self._rows = self._asked_base = None
+        collator, weights, base_logits = self.collator, self.collator.vision_token_weights, None
         if places is not None:
             labels = labels.flatten()[places.clamp(min=0)].where(places >= 0, -100)
+        if asked is not None:
+            model, batch = asked
+            with torch.no_grad(), model.disable_adapter():
+                base_logits = model(**batch)["logits"].flatten(0, 1)
+            base_logits = base_logits[places[:, 1:][labels[:, 1:] != -100] - 1]
+            if rows is None:
+                rows, weights = torch.zeros_like(labels), [1.0]
         if rows is None:
             return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
-        collator = self.collator
         return nested_loss(
             logits,
             labels,
             rows,
-            collator.vision_token_weights,
+            weights,
             num_items_in_batch,
             teacher=collator.vision_token_choices.index(max(collator.vision_token_choices)),
             distillation_weight=collator.distillation_weight if collator.scheme == "distill" else 0.0,
             temperature=collator.distillation_temperature,
+            base_logits=base_logits,
         )
 
     def _refuse_other_losses(self):
@@ -211,7 +236,7 @@ class VisionTokenCallback(TrainerCallback):
     def _arrange(self, model, args, kwargs):
         kwargs = dict(kwargs)
         skipped, truncated = kwargs.pop("num_skipped_rows", 0), kwargs.pop("num_truncated_rows", 0)
-        self._places = self._rows = None
+        self._places = self._rows = self._asked_base = None
         if not (model.training and torch.is_grad_enabled()):  # a callback may generate without `model.eval()`
             return args, kwargs
         collator = self.collator
@@ -231,6 +256,8 @@ class VisionTokenCallback(TrainerCallback):
         arranged, self._rows = collator.arrange(kwargs, counts, one_row)
         if keeps_labels:
             self._places = arranged.pop("labels")
+        if collator.distillation_from_base:
+            self._asked_base = model, {name: value for name, value in kwargs.items() if name != "labels"}
         grids = arranged.get("vision_token_grids")
         mask = arranged.get("attention_mask")
         self.totals["tokens"] += arranged["input_ids"].numel() if mask is None else mask.sum()
@@ -242,4 +269,5 @@ class VisionTokenCallback(TrainerCallback):
         return args, arranged
 
     def __getstate__(self):
-        return {**self.__dict__, "_places": None, "_rows": None}  # which belong to the process that trains
+        of_this_process = ("_places", "_rows", "_asked_base")
+        return {**self.__dict__, **dict.fromkeys(of_this_process)}

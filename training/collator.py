@@ -53,6 +53,10 @@ class TokenFlexDataCollator:
             With `scheme="distill"`, the weight of the divergence beside the loss.
         distillation_temperature (`float`, *optional*, defaults to 1.0):
             With `scheme="distill"`, what logits are divided by before distributions are compared.
+        distillation_from_base (`bool`, *optional*, defaults to `False`):
+            With `scheme="distill"` and adapters, whether every count, the largest too, follows what the model without
+            its adapters answers at the largest count, so that what it knew there is kept. It costs one more forward
+            pass at that count.
 
     Raises:
         ValueError: If only one of choices and weights is given, they do not fit each other, or an argument is out of
@@ -87,6 +91,7 @@ class TokenFlexDataCollator:
         max_length: int | None = None,
         distillation_weight: float = 1.0,
         distillation_temperature: float = 1.0,
+        distillation_from_base: bool = False,
     ):
         if (vision_token_choices is None) != (vision_token_weights is None):
             raise ValueError(
@@ -109,6 +114,10 @@ class TokenFlexDataCollator:
                 f"`distillation_temperature`={distillation_temperature} have to be above 0; "
                 "without distillation the scheme is 'nested'."
             )
+        if distillation_from_base and scheme != "distill":
+            raise ValueError(
+                f"`distillation_from_base`=True with `scheme`={scheme!r}, which has no teacher: use 'distill'."
+            )
         self.processor = processor
         self.vision_token_choices = vision_token_choices
         self.vision_token_weights = vision_token_weights
@@ -118,6 +127,7 @@ class TokenFlexDataCollator:
         self.max_length = max_length
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
+        self.distillation_from_base = distillation_from_base
         self.check_distillation()
         self.callback = VisionTokenCallback(self)
         self._num_batches = 0
@@ -152,6 +162,7 @@ class TokenFlexDataCollator:
             max_length=max_length,
             distillation_weight=args.distillation_weight,
             distillation_temperature=args.distillation_temperature,
+            distillation_from_base=args.distillation_from_base,
         )
 
     def __call__(self, rows: Sequence[dict | Example]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ def nested_loss(
     teacher: int = -1,
     distillation_weight: float = 0.0,
     temperature: float = 1.0,
+    base_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Computes the loss of a batch that holds every sample at several counts: the mean of the counts' losses by weight,
@@ -43,6 +44,9 @@ def nested_loss(
         temperature (`float`, *optional*, defaults to 1.0):
             The number that logits are divided by before they are compared; the divergence is scaled by its square, so
             that the size of its gradient stays ([Hinton et al., 2015](https://huggingface.co/papers/1503.02531)).
+        base_logits (`torch.Tensor` of shape `(num_labels, vocab_size)`, *optional*):
+            A frozen teacher's for every label, at the largest count; then every count follows it, the largest too. By
+            default the largest count teaches the smaller ones.
 
     Example:
 
@@ -66,9 +70,13 @@ def nested_loss(
     total = (weights * losses).sum()
     if distillation_weight:
         log_probabilities = (scores.view(len(weights), -1, scores.shape[-1]) / temperature).log_softmax(-1)
-        wanted = log_probabilities[teacher].detach().expand_as(log_probabilities)
-        divergence = functional.kl_div(log_probabilities, wanted, reduction="none", log_target=True).sum((1, 2))
         students = weights.clone()
-        students[teacher] = 0
+        if base_logits is None:
+            wanted = log_probabilities[teacher].detach()
+            students[teacher] = 0
+        else:
+            wanted = (base_logits[order].float() / temperature).log_softmax(-1).view_as(log_probabilities)
+        wanted = wanted.expand_as(log_probabilities)
+        divergence = functional.kl_div(log_probabilities, wanted, reduction="none", log_target=True).sum((1, 2))
         total = total + distillation_weight * temperature**2 * (students / students.sum() * divergence).sum()
     return total / (len(targets) / len(weights) if num_items_in_batch is None else num_items_in_batch)

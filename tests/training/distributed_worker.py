@@ -24,6 +24,7 @@ from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.evaluation.sweep import predict
 from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import TokenFlexTrainingArguments
+from tokenflex.training.lora import add_adapters, lora_config
 from tokenflex.training.train import freeze_parts, main
 from tokenflex.training.trainer import TokenFlexTrainer
 
@@ -56,7 +57,8 @@ class Runs:
 
     def train(self, name, model=None, resume=None, frozen=(), trainer_options=None, **options):
         model = copy.deepcopy(model or self.model)
-        freeze_parts(model, list(frozen))
+        if frozen is not None:
+            freeze_parts(model, list(frozen))
         counts = []
 
         def record(module, args, kwargs):
@@ -139,6 +141,15 @@ class Runs:
         values = config.to_dict() | {"vision_config": CLIPVisionConfig(**sizes), "num_prefix_tokens": 1}
         torch.manual_seed(0)
         return TokenFlexForConditionalGeneration(type(config)(**values))
+
+    def adapters(self):
+        torch.manual_seed(0)
+        model = add_adapters(copy.deepcopy(self.model), lora_config(self.model, rank=4))
+        try:
+            options = {"scheme": "distill", "distillation_from_base": True, "max_steps": 3}
+            self.train("from-base", model, frozen=None, **options)
+        except ValueError as error:
+            (self.folder / "from-base.error").write_text(str(error))
 
     def evaluate(self):
         rows = [SyntheticVQA(5, 4, questions_per_image=1)[i] for i in range(5)]

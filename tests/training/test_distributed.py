@@ -17,7 +17,7 @@ from tokenflex.training import draw_num_vision_tokens
 
 CONFIGS = Path(tokenflex.training.__file__).parent / "accelerate"
 WORKER = Path(__file__).with_name("distributed_worker.py")
-SCENARIOS = ["schemes", "workers", "accumulation", "resume", "freeze", "evaluate", "command"]
+SCENARIOS = ["schemes", "workers", "accumulation", "resume", "freeze", "adapters", "evaluate", "command"]
 SAME_DATA = ["batch", "sample", "nested", "sample-whole", "sample-split", "batch-whole", "batch-split"]
 SAME_DATA += ["uninterrupted", "tower-frozen", "alignment", "checkpointing", "clip", "evaluated"]
 
@@ -90,6 +90,15 @@ def test_some_micro_batches_hold_no_image_on_one_process_and_some_on_none(togeth
 @pytest.mark.parametrize("name", SAME_DATA)
 def test_two_processes_train_as_one(alone, together, name):
     assert_same_training((alone, name), (together, name))
+
+
+def test_a_frozen_teacher_teaches_processes_as_one_or_is_refused_where_weights_are_shared_out(
+    strategy, alone, together
+):
+    if strategy == "fsdp2":
+        assert "under FSDP" in (together / "from-base.error").read_text()
+    else:
+        assert_same_training((alone, "from-base"), (together, "from-base"))
 
 
 @pytest.mark.parametrize("scheme", ["sample", "batch"])

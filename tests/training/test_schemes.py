@@ -10,6 +10,7 @@ from tokenflex.data.examples import Example
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
+from tokenflex.training.lora import add_adapters, lora_config
 from tokenflex.training.schemes import nested_loss
 from tokenflex.training.trainer import TokenFlexTrainer
 
@@ -41,8 +42,8 @@ def nested(model, processor, scheme="nested", **options):
     return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def separate_outputs(model, processor, count):
-    batch = TokenFlexDataCollator(processor, [count], [1]).collate(rows())
+def separate_outputs(model, processor, count, data=None):
+    batch = TokenFlexDataCollator(processor, [count], [1]).collate(rows() if data is None else data)
     output = model(**batch)
     return output.loss, output.logits[:, :-1][batch["labels"][:, 1:] != -100]
 
@@ -75,6 +76,53 @@ def test_distillation_adds_the_divergence_from_the_largest_count(narrow):
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("data", "moved", "packing"), [(rows(), 0.0, False), (rows(), 0.1, False), ([TEXT] * 3, 0.1, True)]
+)
+def test_a_frozen_teacher_teaches_every_count(narrow, tmp_path, data, moved, packing):
+    model, processor = narrow
+    options = {"distillation_weight": 0.7, "distillation_temperature": 2.0, "distillation_from_base": True}
+    options["packing"] = packing
+    collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=0, scheme="distill", **options)
+    adapted = add_adapters(copy.deepcopy(model), lora_config(model, rank=4))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad:
+                weight += moved * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=5, use_cpu=True, report_to="none")
+    trainer = Trainer(
+        adapted, args, data_collator=collator, callbacks=[collator.callback], train_dataset=[TEXT],
+        compute_loss_func=collator.callback.compute_loss,
+    )  # fmt: skip
+    trainer.control = trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+    adapted.train()
+    loss = trainer.compute_loss(adapted, collator.collate(data))
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad}
+    adapted.zero_grad()
+    trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)
+
+    teacher = (separate_outputs(copy.deepcopy(model).train(), processor, 36, data)[1].detach() / 2).softmax(-1)
+    expected = 0
+    for count, weight in zip(CHOICES, WEIGHTS):
+        output, logits = separate_outputs(adapted, processor, count, data)
+        divergence = functional.kl_div((logits / 2).log_softmax(-1), teacher, reduction="batchmean")
+        assert (divergence.abs() < 1e-6) == (count == 36 and not moved)
+        expected = expected + weight / 10 * (output + 0.7 * 4 * divergence)
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        expected = dict(adapted.named_parameters())[name].grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_frozen_teacher_needs_adapters(narrow, tmp_path):
+    with pytest.raises(ValueError, match="`distillation_from_base`=True.*`--lora_rank 16`"):
+        fit(narrow, tmp_path, SyntheticVQA(15, 3), scheme="distill", distillation_from_base=True)
+    with pytest.raises(ValueError, match="`distillation_from_base`=True.*'distill'"):
+        TokenFlexDataCollator(narrow[1], scheme="nested", distillation_from_base=True)
 
 
 def fit(narrow, folder, data, batch_size=5, **options):
