@@ -7,6 +7,7 @@ answers and once on the labels. Beside it stands a model that was trained with d
 """
 
 import json
+import math
 import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from .baselines import become_llava
 
 COUNTS = (4, 16, 36, 64)
 TEST_SEED = 29_001  # of images that nothing was trained or tuned on
+TRAIN_STEPS = 1200  # of a model at drawn counts or at one, behind the small recipes' tower and base
 TUNE_SEED, TUNE_STEPS, BATCH_SIZE = 24_000, 250, 16  # of the images that are tuned on
 EACH = ["1"] * len(COUNTS)
 DRAWN = ["--vision_token_choices", *map(str, COUNTS), "--vision_token_weights", *EACH]
@@ -102,6 +104,9 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, test_images: int = 100
         questions; `minutes` of labeling and tuning.
     """
     folder = folder / str(seed)
+    result = folder / f"result-{scale}-{test_images}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
     tower, adopted, labeled = folder / "tower", folder / "adopted", folder / "labeled"
     if not has_ended(tower, {"scale": scale}):
         model, processor = tiny_model_and_processor(seed)
@@ -114,10 +119,10 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, test_images: int = 100
         train.main(["--config", recipe, "--model_name_or_path", str(start), *options])
         return folder / name / "final"
 
-    epochs = ["--num_train_epochs", str(scale)]
-    base = trained("small/stage1.yaml", tower / "final", "base", *epochs)
-    drawn = trained("small/stage2.yaml", base, "drawn", *DRAWN, *epochs)
-    fixed = trained("small/stage2.yaml", base, "fixed", *FIXED, *epochs)
+    base = trained("small/stage1.yaml", tower / "final", "base", "--num_train_epochs", str(scale))
+    steps = ["--max_steps", str(math.ceil(scale * TRAIN_STEPS))]
+    drawn = trained("small/stage2.yaml", base, "drawn", *DRAWN, *steps)
+    fixed = trained("small/stage2.yaml", base, "fixed", *FIXED, *steps)
     if not (adopted / "config.json").is_file():
         save_llava(*_load(fixed), folder / "llava")
         adopt.main(["--model", str(folder / "llava"), "--output_dir", str(adopted), *DRAWN])
@@ -141,7 +146,8 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, test_images: int = 100
         answers = predict(*_load(checkpoint), test, COUNTS, batch_size=128, show_progress=False)
         right[name] = {str(n): [int(answer.rate(rate, n)) for answer in answers] for n in COUNTS}
     questions = {"families": [answer.family for answer in answers], "images": [answer.index for answer in answers]}
-    return {"seed": seed, "right": right, "minutes": minutes, **questions}
+    write_file(result, json.dumps({"seed": seed, "right": right, "minutes": minutes, **questions}))
+    return json.loads(result.read_text())
 
 
 def _load(folder: Path):

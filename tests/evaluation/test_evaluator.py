@@ -25,9 +25,9 @@ def png(image):
 
 
 @pytest.fixture(scope="module")
-def folder(narrow, tmp_path_factory):
+def folder(both, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    save_checkpoint(folder / "checkpoint", *narrow)
+    save_checkpoint(folder / "checkpoint", *both)
     rows = [
         {**row, "image": {"bytes": png(row["image"]), "path": None}}
         for row in SyntheticVQA(6, seed=3, questions_per_image=2)
@@ -50,12 +50,12 @@ def evaluate_file(folder, output_dir, *options, dataset="test.parquet"):
     ])  # fmt: skip
 
 
-def test_command_writes_what_the_functions_return(folder, narrow, tmp_path, capsys):
+def test_command_writes_what_the_functions_return(folder, both, tmp_path, capsys):
     evaluate_file(folder, tmp_path / "out", "--num_vision_tokens", 4, 36)
     printed = capsys.readouterr().out.strip().split("\n")
     summary = json.loads(printed[-1])
     rows = SyntheticVQA(6, seed=3, questions_per_image=2)
-    predictions = predict(*narrow, rows, [4, 36], max_new_tokens=3, show_progress=False)
+    predictions = predict(*both, rows, [4, 36], max_new_tokens=3, show_progress=False)
     scores = score(predictions, [4, 36])
     assert summary["output_dir"] == str(tmp_path / "out")
     assert summary["accuracy"] == {str(count): scores["overall"][count] for count in (4, 36)}
@@ -71,10 +71,10 @@ def test_command_writes_what_the_functions_return(folder, narrow, tmp_path, caps
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-def test_counts_default_to_the_configs(folder, narrow, tmp_path, capsys):
+def test_counts_default_to_the_configs(folder, both, tmp_path, capsys):
     evaluate_file(folder, tmp_path / "out")
     summary = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
-    assert list(summary["accuracy"]) == [str(count) for count in narrow[0].config.vision_token_choices]
+    assert list(summary["accuracy"]) == [str(count) for count in both[0].config.vision_token_choices]
 
 
 def test_bad_row_stops_or_is_skipped(folder, tmp_path):
