@@ -197,7 +197,7 @@ class VisionTokenCallback(TrainerCallback):
         if asked is not None:
             model, batch = asked
             with torch.no_grad(), model.disable_adapter():
-                base_logits = model(**batch)["logits"].flatten(0, 1)
+                base_logits = model(**batch, use_cache=False)["logits"].flatten(0, 1)
             base_logits = base_logits[places[:, 1:][labels[:, 1:] != -100] - 1]
             if rows is None:
                 rows, weights = torch.zeros_like(labels), [1.0]

@@ -9,15 +9,11 @@ from torch import nn
 class Muon(torch.optim.Muon):
     """
     `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and Nesterov momentum, that orthogonalizes on CPUs in
-    float32: of those without bfloat16 arithmetic torch's own takes ten times as long for it.
+    float32, since those without bfloat16 arithmetic take many times as long in it, as torch's own does.
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -31,7 +27,6 @@ class Muon(torch.optim.Muon):
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
-        return loss
 
 
 def orthogonalize(
