@@ -17,12 +17,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_tokenflex import (
-    TokenFlexConfig,
-    match_vision_token_grid,
-    resolve_vision_token_grid,
-    resolve_vision_token_grids,
-)
+from .choices_tokenflex import match_vision_token_grid, resolve_vision_token_grid, resolve_vision_tokens
+from .configuration_tokenflex import TokenFlexConfig
 from .modeling_tokenflex import (
     TokenFlexForConditionalGeneration,
     TokenFlexModel,
@@ -30,7 +26,7 @@ from .modeling_tokenflex import (
 )
 from .placeholders_tokenflex import at_count
 from .processing_tokenflex import TokenFlexProcessor
-from .projector_tokenflex import TokenFlexProjector, pooling_weights
+from .vision_tokenflex import TokenFlexProjector, pooling_weights
 
 
 __version__ = "0.1.0"
@@ -53,5 +49,5 @@ __all__ = [
     "match_vision_token_grid",
     "pooling_weights",
     "resolve_vision_token_grid",
-    "resolve_vision_token_grids",
+    "resolve_vision_tokens",
 ]

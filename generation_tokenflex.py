@@ -9,30 +9,39 @@ import torch
 import transformers
 from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_tokenflex import resolve_named_count, resolve_vision_token_grid
-from .placeholders_tokenflex import asked_grids, at_count, count_images, encoded_grids, first_placeholders
+from .choices_tokenflex import NAMED_COUNTS, resolve_named_count, resolve_vision_tokens, sort_choices, split_choice
+from .placeholders_tokenflex import (
+    TokenFlexImageOutput,
+    asked_grids,
+    at_count,
+    count_images,
+    encoded_grids,
+    first_placeholders,
+    kept_features,
+    seen_resolutions,
+)
 
 
 # The positions of image tokens in caches that `generate` filled: a conversation that goes on in one is encoded alike.
 _IMAGE_POSITIONS = weakref.WeakKeyDictionary()
 KEEPS_IMAGES_OF_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-INPUTS = ("attention_mask", "pixel_values", "mm_encoder_outputs", "vision_token_grids", "image_shapes", "num_tiles")
+PER_IMAGE = ("pixel_values", "vision_token_grids", "image_resolutions", "image_shapes", "num_tiles")
+INPUTS = ("attention_mask", "mm_encoder_outputs", *PER_IMAGE)
 
 
-def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int], tolerance: float) -> list[int]:
+def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int | str], tolerance: float) -> list[int | str]:
     """
-    Finds for each question the smallest count whose chance of a right answer falls short of the best count's by no
-    more than a tolerance. A question that no count helps with gets the smallest.
+    Finds for each question the cheapest choice whose chance of a right answer falls short of the best one's by no more
+    than a tolerance. A question that no choice helps with gets the cheapest.
 
     Args:
         chances (`torch.Tensor` of shape `(num_questions, num_choices)`): From 0 to 1.
-        choices (`Sequence[int]`): The counts, rising.
+        choices (`Sequence[int | str]`): The counts, also with resolutions, the cheapest first.
         tolerance (`float`): From 0 to 1.
 
     Returns:
-        `list[int]`: A count for each question.
+        `list[int | str]`: A choice for each question.
 
     Example:
 
@@ -89,16 +98,18 @@ class TokenFlexGenerationMixin(GenerationMixin):
         """
         inputs = {"input_ids": input_ids, **{name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}}
         pad_token_id = self.generation_config.pad_token_id
-        prompt = at_count(inputs, min(self.config.vision_token_choices), self.config, pad_token_id)
+        prompt = at_count(inputs, sort_choices(self.config.vision_token_choices)[0], self.config, pad_token_id)
         hidden_states = self.model(**prompt, use_cache=False, return_dict=True).last_hidden_state
         mask = prompt.get("attention_mask", torch.ones_like(prompt["input_ids"]))
         last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
         return hidden_states[torch.arange(len(last), device=last.device), last].float()
 
-    def choose_vision_tokens(self, input_ids: torch.LongTensor, tolerance: float | None = None, **kwargs) -> list[int]:
+    def choose_vision_tokens(
+        self, input_ids: torch.LongTensor, tolerance: float | None = None, **kwargs
+    ) -> list[int | str]:
         """
-        Chooses the count that each prompt's images need, as `generate(num_vision_tokens="auto")` does. A prompt's
-        choice does not depend on the others in the batch.
+        Chooses the count, and with it the resolution, that each prompt's images need, as
+        `generate(num_vision_tokens="auto")` does. A prompt's choice does not depend on the others in the batch.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts, at any count.
@@ -108,34 +119,49 @@ class TokenFlexGenerationMixin(GenerationMixin):
             kwargs: As for [`~TokenFlexGenerationMixin.read_questions`].
 
         Returns:
-            `list[int]`: One of `vision_token_choices` for each prompt.
+            `list[int | str]`: One of `vision_token_choices` for each prompt.
 
         Raises:
             ValueError: If the model has not been calibrated.
         """
         chooser = self.config.vision_token_chooser
         if chooser is None:
-            choices = self.config.vision_token_choices
+            choices = sort_choices(self.config.vision_token_choices)
             raise ValueError(
                 "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex calibrate` on "
-                f"it, or ask for 'low' ({min(choices)}), 'high' ({max(choices)}) or any count."
+                f"it, or ask for 'low' ({choices[0]}), 'high' ({choices[-1]}) or any count."
             )
         chances = self.model.vision_token_chooser(self.read_questions(input_ids, **kwargs))
         tolerance = chooser["tolerance"] if tolerance is None else tolerance
         return smallest_sufficient(chances, chooser["choices"], tolerance)
 
-    def _choose_counts(self, prompt: dict) -> tuple[dict, list[int] | None, list[int] | None]:
-        """The prompt with features for pixels, the count of each image, and of each prompt, 0 without images."""
-        if prompt.get("pixel_values") is None and not prompt.get("mm_encoder_outputs"):
+    def _choose_counts(self, prompt: dict) -> tuple[dict, list | None, list | None]:
+        """The prompt with features for pixels, the choice of each image, and of each prompt, 0 without images."""
+        kept, images = kept_features(prompt), prompt.get("pixel_values")
+        if images is None and not kept:
             return prompt, None, None
-        if not prompt.get("mm_encoder_outputs"):
-            features = self.model.get_image_features(prompt.pop("pixel_values"), 1, return_dict=True)
-            prompt["mm_encoder_outputs"] = {"image": features}
+        smallest = sort_choices(self.config.vision_token_choices)[0]
+        if not kept and self.config.vision_token_chooser is not None:
+            kept = [self.model.get_image_features(prompt.pop("pixel_values"), smallest, return_dict=True)]
+            prompt["mm_encoder_outputs"] = {"image": kept}
         chosen = self.choose_vision_tokens(**{name: prompt.get(name) for name in ("input_ids", *INPUTS)})
         input_ids = prompt["input_ids"]
         first = first_placeholders(input_ids, encoded_grids(prompt, self.config), self.config.image_token_id)
         rows = (first // input_ids.shape[1]).tolist()
-        return prompt, [chosen[row] for row in rows], [n if row in rows else 0 for row, n in enumerate(chosen)]
+        of_images = [chosen[row] for row in rows]
+        if images is not None:
+            asked = at_count({**prompt, "pixel_values": images}, of_images, self.config)
+            sizes, seen = seen_resolutions(asked, self.config), kept[0].image_resolutions
+            for size in dict.fromkeys(sizes):
+                new = [i for i, other in enumerate(sizes) if other == size != seen[i]]
+                if new:
+                    features = self.model.get_image_features(images[new], 1, image_size=size, return_dict=True)
+                    of_all = [None] * len(sizes)
+                    for i, of_image in zip(new, features.last_hidden_state):
+                        of_all[i] = of_image
+                    known = [size if i in new else None for i in range(len(sizes))]
+                    kept.append(TokenFlexImageOutput(of_all, image_resolutions=known))
+        return prompt, of_images, [n if row in rows else 0 for row, n in enumerate(chosen)]
 
     @torch.no_grad()
     def generate(
@@ -145,11 +171,13 @@ class TokenFlexGenerationMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         *args,
         num_vision_tokens: int | tuple[int, int] | list | str | None = None,
+        image_size: int | tuple[int, int] | None = None,
         **kwargs,
     ):
         """
-        [`~transformers.GenerationMixin.generate`] at a chosen number of vision tokens, whatever count the inputs were
-        encoded with: the prompt really gets shorter or longer, and the result equals encoding at that count.
+        [`~transformers.GenerationMixin.generate`] at a chosen number of vision tokens, and resolution of the vision
+        tower, whatever the inputs were encoded with: the prompt really gets shorter or longer, and the result equals
+        encoding so.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -163,40 +191,54 @@ class TokenFlexGenerationMixin(GenerationMixin):
             num_vision_tokens (`int`, `tuple[int, int]`, a list of these, or `str`, *optional*):
                 A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance
                 (an image's tiles share its entry). With `image_shapes`, an integer is matched to each image's shape.
+                `"64@224"` is a count at a resolution: the tower sees the image shrunk to 224 by 224 pixels.
                 `"low"` and `"high"` are the smallest and largest of the config's `vision_token_choices`; `"auto"`
                 chooses one of them for each prompt ([`~TokenFlexGenerationMixin.choose_vision_tokens`]). Defaults to
                 the counts as encoded.
+            image_size (`int` or `tuple[int, int]`, *optional*):
+                The resolution in pixels, square or (height, width), that the tower sees all images at. Defaults to the
+                one that `vision_token_choices` names for the count, else the tower's own.
             kwargs:
                 As in transformers. `mm_encoder_outputs={"image": model.get_image_features(...)}` in place of
-                `pixel_values` saves running the tower again. With filled `past_key_values` the whole conversation is
-                given, encoded at the counts that the cache holds; images in the cache may be given or left out.
+                `pixel_values` saves running the tower again; a list of such outputs serves several resolutions. With
+                filled `past_key_values` the whole conversation is given, encoded at the counts that the cache holds;
+                images in the cache may be given or left out.
 
         Returns:
             As in transformers. Sequences begin with the caller's `input_ids`, so `output[:, input_ids.shape[1]:]` is
             the answer at every count. With `"auto"` and `return_dict_in_generate=True` the output's
-            `num_vision_tokens` holds each prompt's count, 0 for one without images.
+            `num_vision_tokens` holds each prompt's count, 0 for one without images, as a tensor, or as a list where
+            it chose among resolutions.
 
         Raises:
-            ValueError: If a count is not allowed, placeholders and images do not match, or prompts would have to be
-                rewritten that cannot be: behind a filled cache, or given as `inputs_embeds`.
+            ValueError: If a count or resolution is not allowed, placeholders and images do not match, or prompts would
+                have to be rewritten that cannot be: behind a filled cache, or given as `inputs_embeds`.
         """
         configs = (generation_config, self.generation_config)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         processors = LogitsProcessorList([NoImageToken(self.config.image_token_id), *(logits_processor or [])])
-        kept = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        is_final = kept is not None and kept.pooler_output is not None and kwargs.get("vision_token_grids") is None
-        if num_vision_tokens is None and is_final:  # pooled already: how transformers hands a prompt to an assistant
+        kept = kept_features(kwargs)
+        is_final = len(kept) == 1 and kept[0].pooler_output is not None and kwargs.get("vision_token_grids") is None
+        if num_vision_tokens is None and image_size is None and is_final:  # as transformers hands it to an assistant
             return self._decode(input_ids, generation_config, processors, *args, **kwargs)
-        if num_vision_tokens is None:
+        is_said = num_vision_tokens is not None
+        if not is_said:
             num_vision_tokens = _said("num_vision_tokens", {}, *configs)
             if isinstance(num_vision_tokens, list):  # JSON has no tuples: a saved config holds (rows, columns) so
                 num_vision_tokens = tuple(num_vision_tokens)
-        elif not isinstance(num_vision_tokens, (list, str)) and kwargs.get("image_shapes") is None:
-            resolve_vision_token_grid(num_vision_tokens, self.config.patch_grid)  # without images it is not used
+            if image_size is not None and num_vision_tokens not in (None, *NAMED_COUNTS):
+                num_vision_tokens, _ = split_choice(num_vision_tokens)
         num_vision_tokens = resolve_named_count(num_vision_tokens, self.config.vision_token_choices)
+        if num_vision_tokens == "auto" and image_size is not None:
+            raise ValueError(
+                f"`image_size`={image_size!r} with `num_vision_tokens`='auto', which chooses it: leave it out."
+            )
+        is_one = is_said and num_vision_tokens != "auto" and not isinstance(num_vision_tokens, list)
+        if is_one and kwargs.get("image_shapes") is None:  # without images it is not used
+            resolve_vision_tokens(num_vision_tokens, 1, self.config, image_size=image_size)
         cache = kwargs.get("past_key_values", kwargs.get("cache"))  # as transformers calls it from 5.24 on
         cached = 0 if cache is None else int(cache.get_seq_length())
-        self._refuse_unsupported(input_ids, num_vision_tokens, cached, kwargs, configs)
+        self._refuse_unsupported(input_ids, num_vision_tokens, image_size, cached, kwargs, configs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return self._decode(input_ids, generation_config, processors, *args, **kwargs)
 
@@ -204,16 +246,18 @@ class TokenFlexGenerationMixin(GenerationMixin):
         if num_vision_tokens == "auto":
             prompt, num_vision_tokens, chosen = self._choose_counts(prompt)
         if cached:
-            self._keep_new_images(prompt, num_vision_tokens, cache, cached)
+            self._keep_new_images(prompt, num_vision_tokens, image_size, cache, cached)
         else:
-            prompt = at_count(prompt, num_vision_tokens, self.config, _padding(kwargs, configs))
+            prompt = at_count(prompt, num_vision_tokens, self.config, _padding(kwargs, configs), image_size)
         self._encode_images(prompt, cached)
         rewritten = prompt.pop("input_ids")
         output = self._decode(rewritten, generation_config, processors, *args, **prompt)
 
         is_tensor = isinstance(output, torch.Tensor)
         if chosen is not None and not is_tensor:
-            output["num_vision_tokens"] = torch.tensor(chosen, device=output.sequences.device)
+            has_pairs = any(isinstance(choice, str) for choice in chosen)
+            chosen = chosen if has_pairs else torch.tensor(chosen, device=output.sequences.device)
+            output["num_vision_tokens"] = chosen
         cache = cache if is_tensor else output.past_key_values
         if cache is not None:
             _IMAGE_POSITIONS[cache] = rewritten == self.config.image_token_id
@@ -244,22 +288,23 @@ class TokenFlexGenerationMixin(GenerationMixin):
 
     def _encode_images(self, prompt: dict, cached: int) -> None:
         """Puts features in the place of images, a row's together, which transformers 5.18 would mix up in beams."""
-        kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
-        images, grids = prompt.pop("pixel_values", None), prompt.pop("vision_token_grids", None)
-        for name in ("image_shapes", "num_tiles"):
-            prompt.pop(name, None)
-        if images is None and kept is None:
+        kept, images = kept_features(prompt), prompt.get("pixel_values")
+        prompt.pop("mm_encoder_outputs", None)
+        given = {name: prompt.pop(name, None) for name in PER_IMAGE}
+        asked = {name: given[name] for name in ("vision_token_grids", "image_resolutions")}
+        if images is None and not kept:
             first_placeholders(prompt["input_ids"][:, cached:], [], self.config.image_token_id)
             return
-        if kept is None:
-            kept = self.model.get_image_features(images, vision_token_grids=grids, return_dict=True)
+        if kept:
+            sizes = seen_resolutions(asked, self.config)
+            features = self.model.pool_kept_features(kept, encoded_grids(asked, self.config), sizes)
         else:
-            kept = self.model.pool_image_features(kept.last_hidden_state, [tuple(grid) for grid in grids.tolist()])
+            features = self.model.get_image_features(images, **asked, return_dict=True)
         tokens = (prompt["input_ids"][:, cached:] == self.config.image_token_id).sum(-1).tolist()
-        kept.pooler_output = [row for row in torch.cat(list(kept.pooler_output)).split(tokens) if len(row)]
-        prompt["mm_encoder_outputs"] = {"image": kept}
+        features.pooler_output = [row for row in torch.cat(list(features.pooler_output)).split(tokens) if len(row)]
+        prompt["mm_encoder_outputs"] = {"image": features}
 
-    def _keep_new_images(self, prompt: dict, num_vision_tokens, cache, cached: int) -> None:
+    def _keep_new_images(self, prompt: dict, num_vision_tokens, image_size, cache, cached: int) -> None:
         """Leaves of a conversation's images those behind its cache, which has to hold the others alike."""
         input_ids, mask = prompt["input_ids"], prompt.get("attention_mask")
         batch_size, length = input_ids.shape
@@ -281,9 +326,10 @@ class TokenFlexGenerationMixin(GenerationMixin):
                     "at the counts that the cache holds, or start with an empty cache."
                 )
         grids = encoded_grids(prompt, self.config)
-        if num_vision_tokens is not None:
+        if num_vision_tokens is not None or (image_size is not None and grids):
+            num_vision_tokens = grids if num_vision_tokens is None else num_vision_tokens
             runs = sum(_run_lengths(is_image), [])
-            asked = asked_grids(prompt, num_vision_tokens, len(grids or runs), self.config)
+            asked, sizes = asked_grids(prompt, num_vision_tokens, len(grids or runs), self.config, image_size)
             if asked != grids if grids else [rows * columns for rows, columns in asked] != runs:
                 raise ValueError(
                     f"`num_vision_tokens`={num_vision_tokens}, but `past_key_values` holds {cached} tokens, behind "
@@ -291,6 +337,8 @@ class TokenFlexGenerationMixin(GenerationMixin):
                     "argument out, or encode the whole conversation at the counts asked for and start with an empty "
                     "cache."
                 )
+            if grids:
+                prompt["image_resolutions"] = torch.tensor([size or (0, 0) for size in sizes])
         are_all_new = sum(rows * columns for rows, columns in grids) == int(is_image[:, cached:].sum())
         start = cached if are_all_new else 0
         first = first_placeholders(input_ids[:, start:], grids, self.config.image_token_id)
@@ -302,16 +350,20 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 f"`past_key_values` ends after {cached} tokens, inside an image: crop it to before the image, or "
                 "behind it."
             )
-        kept = (prompt.pop("mm_encoder_outputs", None) or {}).get("image")
-        if kept is not None and is_new.any():
-            kept = BaseModelOutputWithPooling(last_hidden_state=kept.last_hidden_state[is_new])
-            prompt["mm_encoder_outputs"] = {"image": kept}
-        for name in ("pixel_values", "vision_token_grids"):
+        new, outputs = is_new.nonzero().flatten().tolist(), []
+        for kept in kept_features(prompt):
+            features, sizes = kept.last_hidden_state, kept.get("image_resolutions")
+            features = features[new] if isinstance(features, torch.Tensor) else [features[i] for i in new]
+            outputs.append(TokenFlexImageOutput(features, image_resolutions=sizes and [sizes[i] for i in new]))
+        prompt["mm_encoder_outputs"] = {"image": outputs} if new and outputs else None
+        for name in ("pixel_values", "vision_token_grids", "image_resolutions"):
             images = prompt.pop(name, None)
-            if images is not None and is_new.any():
-                prompt[name] = images[is_new]
+            if images is not None and new:
+                prompt[name] = images[new]
 
-    def _refuse_unsupported(self, input_ids, num_vision_tokens, cached: int, kwargs: dict, configs: tuple) -> None:
+    def _refuse_unsupported(
+        self, input_ids, num_vision_tokens, image_size, cached: int, kwargs: dict, configs: tuple
+    ) -> None:
         """Names what transformers' `generate` cannot do with images, or behind a filled cache."""
         if kwargs.get("pixel_values") is not None and kwargs.get("mm_encoder_outputs"):
             raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
@@ -321,10 +373,12 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 "`past_key_values`: name a count."
             )
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            if num_vision_tokens is not None and count_images(kwargs):
+            asked = {"num_vision_tokens": num_vision_tokens, "image_size": image_size}
+            asked = ", ".join(f"`{name}`={value}" for name, value in asked.items() if value is not None)
+            if asked and count_images(kwargs):
                 raise ValueError(
-                    f"`num_vision_tokens`={num_vision_tokens} cannot be applied to `inputs_embeds`: pass `input_ids`, "
-                    "or embed the prompt at that count."
+                    f"{asked} cannot be applied to `inputs_embeds`: pass `input_ids`, or embed the prompt at that "
+                    "count."
                 )
         elif _said("cache_implementation", kwargs, *configs) == "paged":
             self._refuse_images(input_ids, "`cache_implementation`='paged'", "call `generate` with another cache")

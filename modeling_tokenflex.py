@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +10,18 @@ from torch import nn
 from torch.compiler import is_compiling
 from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import and_masks, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_tokenflex import TokenFlexConfig, resolve_vision_token_grids
+from .configuration_tokenflex import TokenFlexConfig
 from .generation_tokenflex import TokenFlexChooser, TokenFlexGenerationMixin
-from .packing_tokenflex import pack_attention
-from .placeholders_tokenflex import encoded_grids, first_placeholders
-from .projector_tokenflex import TokenFlexProjector, pixel_unshuffle
-
-
-@dataclass
-class TokenFlexImageOutput(BaseModelOutputWithPooling):
-    """
-    Args:
-        vision_token_grids (`list[tuple[int, int]]`):
-            (rows, columns) of each image.
-    """
-
-    vision_token_grids: list[tuple[int, int]] | None = None
+from .placeholders_tokenflex import TokenFlexImageOutput, encoded_grids, first_placeholders, kept_features
+from .vision_tokenflex import TokenFlexProjector, TokenFlexVisionMixin
 
 
 @dataclass
@@ -39,7 +29,7 @@ class TokenFlexModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
         image_outputs ([`TokenFlexImageOutput`], *optional*):
-            The images' features, as [`~TokenFlexModel.get_image_features`] returns them.
+            The images' features, as [`~TokenFlexVisionMixin.get_image_features`] returns them.
     """
 
     image_outputs: TokenFlexImageOutput | None = None
@@ -60,6 +50,144 @@ def _spare_vision(quantization_config):
     if values.get(name) is None:
         values[name] = [r"(.*\.)?vision_tower", r"(.*\.)?multi_modal_projector", "lm_head"]
     return quantization_config
+
+
+def packed_position_ids(
+    segment_ids: torch.LongTensor | None = None, sample_ids: torch.LongTensor | None = None
+) -> torch.LongTensor:
+    """
+    The positions that every sample, and every continuation within it, would have alone.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Within a sample, 0 for the shared prefix, 1, 2, ... for each continuation; -1 for padding. Each stands in
+            one unbroken run, the prefix first. Without it a sample is all prefix.
+        sample_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0, 1, ... for each sample of a row, each in one unbroken run; -1 for padding. Without it a row is a sample.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, sequence_length)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tokenflex.modeling_tokenflex import packed_position_ids
+
+    >>> packed_position_ids(torch.tensor([[0, 0, 1, 1, 2, 2, -1]])).tolist()
+    [[0, 1, 2, 3, 2, 3, 0]]
+    ```
+    """
+    given = segment_ids if segment_ids is not None else sample_ids
+    segment_ids = torch.zeros_like(given) if segment_ids is None else segment_ids
+    sample_ids = torch.zeros_like(given) if sample_ids is None else sample_ids
+    index = torch.arange(given.shape[1], device=given.device).expand_as(given)
+    new_sample = torch.ones_like(given, dtype=torch.bool)
+    new_sample[:, 1:] = sample_ids[:, 1:] != sample_ids[:, :-1]
+    new_run = new_sample.clone()
+    new_run[:, 1:] |= segment_ids[:, 1:] != segment_ids[:, :-1]
+    sample_start = torch.where(new_sample, index, 0).cummax(-1).values
+    run_start = torch.where(new_run, index, 0).cummax(-1).values
+    in_prefix = (segment_ids == 0).long()
+    seen_prefix = in_prefix.cumsum(-1)
+    prefix_length = seen_prefix - (seen_prefix - in_prefix).gather(1, sample_start)
+    return index - run_start + (segment_ids > 0) * prefix_length
+
+
+def packed_mask_function(
+    segment_ids: torch.LongTensor | None = None, sample_ids: torch.LongTensor | None = None
+) -> Callable[..., torch.Tensor]:
+    """
+    Restricts beyond the causal rule what a position sees, as transformers' mask functions do: to its own sample, and
+    in it to the shared prefix and its own continuation. Arguments as in [`packed_position_ids`].
+    """
+
+    def same_sample(batch, head, query, key):
+        return sample_ids[batch, key] == sample_ids[batch, query]
+
+    def prefix_or_own(batch, head, query, key):
+        return (segment_ids[batch, key] == 0) | (segment_ids[batch, key] == segment_ids[batch, query])
+
+    rules = ((same_sample, sample_ids), (prefix_or_own, segment_ids))
+    return and_masks(*(rule for rule, ids in rules if ids is not None))
+
+
+def create_packed_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.FloatTensor,
+    attention_mask: torch.Tensor,
+    segment_ids: torch.LongTensor | None = None,
+    sample_ids: torch.LongTensor | None = None,
+):
+    """
+    Makes the masks of a language model's layers, in which positions see what [`packed_mask_function`] says: a mask, or
+    one for each type of layer. Arguments as in [`pack_attention`].
+    """
+    may_see = packed_mask_function(segment_ids, sample_ids)
+    inputs = (config, inputs_embeds, attention_mask, None)  # the last is a cache
+    if config._attn_implementation == "flex_attention":
+        return create_masks_for_generate(*inputs, and_mask_function=may_see)
+    # Dense masks are intersected here: handed over as above, the function would be mapped over every position.
+    index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    rows = torch.arange(inputs_embeds.shape[0], device=inputs_embeds.device)
+    seen = may_see(rows[:, None, None, None], None, index[:, None], index)
+
+    def intersect(mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is None:  # plain causal
+            return seen & (index <= index[:, None])
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+    masks = create_masks_for_generate(*inputs)
+    return {name: intersect(mask) for name, mask in masks.items()} if isinstance(masks, dict) else intersect(masks)
+
+
+def pack_attention(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.FloatTensor,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.LongTensor | None = None,
+    sample_ids: torch.LongTensor | None = None,
+):
+    """
+    Makes the masks and positions of packed rows, for language models that can keep segments apart.
+
+    Args:
+        config (`PreTrainedConfig`): The language model's.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape and dtype.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0 for padding. Defaults to the padding of the ids.
+        segment_ids, sample_ids: As in [`packed_position_ids`].
+
+    Returns:
+        `tuple`: The masks, and positions of shape `(batch_size, sequence_length)`.
+
+    Raises:
+        ValueError: If the attention implementation or a kind of layer cannot keep segments apart.
+    """
+    implementation = config._attn_implementation or ""
+    if "flash" in implementation:
+        raise ValueError(
+            f"`attn_implementation`={implementation!r} takes no mask that keeps segments of a row apart: load "
+            "the model with 'sdpa', 'eager' or 'flex_attention', or give each question a row of its own."
+        )
+    layer_types, length = set(getattr(config, "layer_types", None) or ()), inputs_embeds.shape[1]
+    windowed = layer_types & {"sliding_attention", "chunked_attention"}
+    if unmasked := sorted(layer_types - windowed - {"full_attention"}):
+        raise ValueError(
+            f"The language model's layers of type {', '.join(unmasked)} carry a state from one segment of a row "
+            "into the next: give each question a row of its own, and do not pack."
+        )
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((size for size in windows if size), default=length)
+    if segment_ids is not None and windowed and length > window:
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the attention window of {window}, which "
+            "counts the segments that stand between a segment and its prefix: give each question a row of its own."
+        )
+    if attention_mask is None:
+        attention_mask = (segment_ids if segment_ids is not None else sample_ids) >= 0
+    masks = create_packed_masks(config, inputs_embeds, attention_mask, segment_ids, sample_ids)
+    return masks, packed_position_ids(segment_ids, sample_ids)
 
 
 class TokenFlexPreTrainedModel(PreTrainedModel):
@@ -107,7 +235,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
 
-class TokenFlexModel(TokenFlexPreTrainedModel):
+class TokenFlexModel(TokenFlexPreTrainedModel, TokenFlexVisionMixin):
     """
     The vision tower, the projector and the language model, without a head.
 
@@ -125,131 +253,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             choices = config.vision_token_chooser["choices"]
             self.vision_token_chooser = TokenFlexChooser(len(choices), config.text_config.hidden_size)
         self.post_init()
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
-        vision_token_grids: torch.LongTensor | None = None,
-        image_indices: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | TokenFlexImageOutput:
-        """
-        Encodes images and pools each to its vision tokens.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
-                The images.
-            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
-                A count n*n or grid (rows, columns) for all images, or a list with one per image. Defaults to the
-                config's count when `vision_token_grids` is not given either.
-            vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
-                (rows, columns) of each image, as the processor returns it.
-            image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
-                The image that each appearance in the prompts shows, when they stand in another order or appear more
-                than once; counts and grids are then per appearance. The tower runs once per image.
-
-        Returns:
-            [`TokenFlexImageOutput`]: `pooler_output` holds the vision tokens, a tensor of shape
-            `(num_images, num_vision_tokens, hidden_size)`, or a list with one 2-D tensor per image when counts differ;
-            `last_hidden_state` the features of shape `(num_images, num_patches, vision_feature_size)` they were pooled
-            from, without class tokens and registers; `vision_token_grids` the grids.
-
-        Raises:
-            ValueError: If a count is not allowed, the two arguments disagree, or the images do not have the tower's
-                size.
-        """
-        if num_vision_tokens is None and vision_token_grids is None:
-            num_vision_tokens = self.config.num_vision_tokens
-        num_appearances = len(pixel_values) if image_indices is None else len(image_indices)
-        grids = self._resolve_grids(num_appearances, num_vision_tokens, vision_token_grids)
-        outputs = self.encode_images(pixel_values, **kwargs)
-        patch_features = outputs.last_hidden_state
-        if image_indices is not None:
-            patch_features = patch_features[image_indices]
-        image_outputs = self.pool_image_features(patch_features, grids)
-        image_outputs.hidden_states, image_outputs.attentions = outputs.hidden_states, outputs.attentions
-        return image_outputs
-
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
-        """
-        The tower's output for images, arguments as in [`~TokenFlexModel.get_image_features`], with the features that
-        are to be pooled as its `last_hidden_state`.
-        """
-        config, layers = self.config, self.config.vision_feature_layer
-        expected = (config.vision_config.num_channels, *config.image_size)
-        if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
-                f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
-            )
-        if layers != -1:
-            kwargs["output_hidden_states"] = True
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        features = outputs.last_hidden_state
-        if layers != -1:
-            layers = [layers] if isinstance(layers, int) else layers
-            features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
-        if features.ndim == 4:  # of a convolutional tower: (num_images, hidden_size, rows, columns)
-            features = features.flatten(2).transpose(1, 2)
-        num_patches = math.prod(config.patch_grid) * config.downsample_factor**2
-        if features.shape[1] != config.num_prefix_tokens + num_patches:
-            raise ValueError(
-                f"The vision tower returned {features.shape[1]} features per image, but `num_prefix_tokens`="
-                f"{config.num_prefix_tokens} and the tower's patches make {config.num_prefix_tokens + num_patches}."
-            )
-        features = features[:, config.num_prefix_tokens :]
-        if config.downsample_factor > 1:
-            features = pixel_unshuffle(features, config.patch_grid, config.downsample_factor)
-        outputs.last_hidden_state = features
-        return outputs
-
-    def pool_image_features(self, patch_features: torch.Tensor, grids: list[tuple[int, int]]) -> TokenFlexImageOutput:
-        """
-        Pools patch features kept from [`~TokenFlexModel.get_image_features`] to other counts, without the tower.
-
-        Args:
-            patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
-                `last_hidden_state` of the kept output.
-            grids (`list[tuple[int, int]]`): (rows, columns) for each image.
-
-        Returns:
-            [`TokenFlexImageOutput`]
-
-        Raises:
-            ValueError: If the features have another width than this model's tower.
-        """
-        width = self.config.vision_feature_size
-        if patch_features.shape[-1] != width:
-            raise ValueError(
-                f"The patch features are {patch_features.shape[-1]} wide, but this model's vision tower makes "
-                f"{width}: keep features, and draft with an assistant, of a model with the same tower."
-            )
-        features = self.multi_modal_projector(patch_features, grids, self.config.patch_grid)
-        if len(set(grids)) > 1:
-            features = list(features.split([rows * columns for rows, columns in grids]))
-        return TokenFlexImageOutput(
-            last_hidden_state=patch_features, pooler_output=features, vision_token_grids=list(grids)
-        )
-
-    def _resolve_grids(self, num_images: int, num_vision_tokens, vision_token_grids) -> list[tuple[int, int]]:
-        """The grid of each image from the arguments of `forward`, which have to agree."""
-        asked = None
-        if num_vision_tokens is not None:
-            asked = resolve_vision_token_grids(num_vision_tokens, num_images, self.config.patch_grid)
-        # A count given as an integer keeps traced graphs free of reading one off a tensor.
-        if asked is not None and (vision_token_grids is None or is_compiling()):
-            return asked
-        given = {"vision_token_grids": vision_token_grids, "pixel_values": range(num_images)}
-        grids = encoded_grids(given, self.config)
-        if asked is not None and asked != grids:
-            raise ValueError(
-                f"`num_vision_tokens`={num_vision_tokens} is not what the inputs were encoded with "
-                f"(`vision_token_grids`={grids}): `forward` does not rewrite prompts. Call `generate`, or `at_count` "
-                "first."
-            )
-        return grids
 
     def _find_placeholders(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.BoolTensor:
         if input_ids is not None:
@@ -278,19 +281,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
-    def _idle_image_features(self) -> torch.Tensor | float:
-        """
-        Zero, by way of tower and projector when these are trained or shared out: every rank then has gradients for the
-        same weights, and takes part in gathering them, when its batch happens to hold no image.
-        """
-        parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not is_distributed and not any(parameter.requires_grad for parameter in parameters):
-            return 0.0
-        size = (1, self.config.vision_config.num_channels, *self.config.image_size)
-        image = torch.zeros(size, device=self.device, dtype=self.vision_tower.dtype)
-        return 0.0 * self.get_image_features(image, num_vision_tokens=1, return_dict=True).pooler_output.sum()
-
     @can_return_tuple
     def forward(
         self,
@@ -300,9 +290,11 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
+        num_vision_tokens: int | tuple[int, int] | str | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_resolutions: torch.LongTensor | None = None,
+        image_size: int | tuple[int, int] | None = None,
         image_shapes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
@@ -325,18 +317,24 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 Keys and values of the tokens before `input_ids`.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 The prompts' embeddings in place of `input_ids`.
-            num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
+            num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list of these, *optional*):
                 The counts the prompts were encoded with, when `vision_token_grids` is not given.
             vision_token_grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 (rows, columns) of each image, as the processor returns it.
             image_indices (`torch.LongTensor` of shape `(num_appearances,)`, *optional*):
                 The entry of `pixel_values` that each run of placeholders shows; `vision_token_grids` is then per run.
                 Defaults to each its own, in order.
+            image_resolutions (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                (height, width) in pixels that the tower is to see each image at, as the processor returns it where
+                resolutions were asked for. Default to those that go with the counts.
+            image_size (`int` or `tuple[int, int]`, *optional*):
+                The resolution in pixels for all images, when `image_resolutions` is not given.
             image_shapes, num_tiles, mm_token_type_ids (`torch.LongTensor`, *optional*):
                 Accepted since the processor can return them; only `generate` reads the first two.
             mm_encoder_outputs (`dict[str, TokenFlexImageOutput]`, *optional*):
-                `{"image": model.get_image_features(...)}`, in place of `pixel_values`. Features without a
-                `pooler_output`, as [`at_count`] leaves them, are pooled here. `{}` leaves placeholders without images.
+                `{"image": model.get_image_features(...)}`, in place of `pixel_values`, or a list of such outputs for
+                several resolutions. Features without a `pooler_output`, as [`at_count`] leaves them, are pooled here.
+                `{}` leaves placeholders without images.
             segment_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several continuations behind one shared prefix: 0 for the prefix, 1, 2, ... for each continuation, -1
                 for padding. Each continuation sees the prefix and itself, with the positions it would have alone.
@@ -363,9 +361,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        kept = kept_features({"mm_encoder_outputs": mm_encoder_outputs})
+        image_outputs = kept[0] if kept else None
         images = pixel_values if image_outputs is None else image_outputs.last_hidden_state
-        is_pooled = image_outputs is not None and image_outputs.pooler_output is not None
+        is_pooled = len(kept) == 1 and kept[0].pooler_output is not None
         if images is not None and not is_pooled:
             if num_vision_tokens is None and vision_token_grids is None:
                 placeholders = self._find_placeholders(input_ids, inputs_embeds)
@@ -374,12 +373,11 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             if image_outputs is None:
                 names = ("output_hidden_states", "output_attentions")
                 asked = {name: kwargs[name] for name in names if name in kwargs}
-                image_outputs = self.get_image_features(
-                    pixel_values, num_vision_tokens, vision_token_grids, image_indices, **asked, return_dict=True
-                )
+                grids = (num_vision_tokens, vision_token_grids, image_indices, image_resolutions, image_size)
+                image_outputs = self.get_image_features(pixel_values, *grids, **asked, return_dict=True)
             else:
-                grids = self._resolve_grids(len(images), num_vision_tokens, vision_token_grids)
-                image_outputs = self.pool_image_features(images, grids)
+                asked = (num_vision_tokens, vision_token_grids, image_resolutions, image_size)
+                image_outputs = self.pool_kept_features(kept, *self._resolve_grids(len(images), *asked))
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             flat_features = torch.cat(list(image_features)) if isinstance(image_features, list) else image_features
@@ -464,9 +462,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_vision_tokens: int | tuple[int, int] | list | None = None,
+        num_vision_tokens: int | tuple[int, int] | str | list | None = None,
         vision_token_grids: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_resolutions: torch.LongTensor | None = None,
+        image_size: int | tuple[int, int] | None = None,
         image_shapes: torch.LongTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
@@ -494,6 +494,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             num_vision_tokens=num_vision_tokens,
             vision_token_grids=vision_token_grids,
             image_indices=image_indices,
+            image_resolutions=image_resolutions,
+            image_size=image_size,
             mm_encoder_outputs=mm_encoder_outputs,
             segment_ids=segment_ids,
             sample_ids=sample_ids,

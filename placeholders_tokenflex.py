@@ -1,11 +1,12 @@
 """Placeholders of images in prompts: finding them, and taking encoded inputs to other vision-token counts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_tokenflex import resolve_vision_token_grid, resolve_vision_token_grids
+from .choices_tokenflex import resolve_vision_token_grid, resolve_vision_tokens
 
 
 # The value of new positions in a re-counted or re-padded row, per tensor that runs along the sequence.
@@ -19,32 +20,54 @@ SEQUENCE_FILL_VALUES = {
 }
 
 
+@dataclass
+class TokenFlexImageOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        vision_token_grids (`list[tuple[int, int]]`):
+            (rows, columns) of each image.
+        image_resolutions (`list[tuple[int, int]]`):
+            (height, width) in pixels at which the vision tower saw each image.
+    """
+
+    vision_token_grids: list[tuple[int, int]] | None = None
+    image_resolutions: list[tuple[int, int]] | None = None
+
+
 def at_count(
-    inputs: Mapping, num_vision_tokens: int | tuple[int, int] | list | None, config, pad_token_id: int | None = None
+    inputs: Mapping,
+    num_vision_tokens: int | tuple[int, int] | str | list | None,
+    config,
+    pad_token_id: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> dict:
     """
     Takes encoded inputs to other vision-token counts, as if they had been encoded so in the first place: each image's
     run of placeholders gets its new length in every tensor that runs along the sequence, and rows are padded again on
-    the side they were padded on.
+    the side they were padded on. Pixels stay as they are; the model shrinks them.
 
     Args:
         inputs (`Mapping`):
             The output of a processor or collator: `input_ids` of shape `(batch_size, sequence_length)` and, where they
             are there, `attention_mask`, `labels`, `mm_token_type_ids`, `token_type_ids`, `segment_ids`, `sample_ids`,
-            `vision_token_grids` of shape `(num_images, 2)` with the grids as encoded, `image_shapes` and `num_tiles`.
-            Without grids, the uniform count that the placeholders imply is taken. Kept features, in
+            `vision_token_grids` and `image_resolutions` of shape `(num_images, 2)` as encoded, `image_shapes` and
+            `num_tiles`. Without grids, the uniform count that the placeholders imply is taken. Kept features, in
             `mm_encoder_outputs`, are pooled where they are used. `position_ids` are dropped, other entries kept.
-        num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
-            A count n*n or grid (rows, columns) for all images, or a list with one per image (or tile). With
-            `image_shapes`, an integer is matched to each image's shape. `None` keeps the counts as encoded.
+        num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list of these, *optional*):
+            A count n*n or grid (rows, columns) for all images, or a list with one per image (or tile), each also with
+            a resolution (`"64@224"`). With `image_shapes`, an integer is matched to each image's shape. `None` keeps
+            the counts as encoded.
         config ([`TokenFlexConfig`] or [`TokenFlexProcessor`]):
             The model's or the processor's: their `image_token_id` and `patch_grid` are read.
         pad_token_id (`int`, *optional*):
             The id that pads `input_ids`, by which padding is known where no `attention_mask` is given. Defaults to 0
             for new padding, which the mask hides.
+        image_size (`int` or `tuple[int, int]`, *optional*):
+            The resolution in pixels that the vision tower is to see all images at.
 
     Returns:
-        `dict`: New tensors, with `vision_token_grids` if there are images; the caller's are left as they were.
+        `dict`: New tensors, with `vision_token_grids` if there are images, and `image_resolutions` if a resolution was
+        asked for; the caller's are left as they were.
 
     Raises:
         ValueError: If a count is not allowed, or the runs of placeholders do not match the grids.
@@ -64,17 +87,81 @@ def at_count(
     if getattr(config, "patch_grid", None) is None:
         raise ValueError(f"`config` is a {type(config).__name__}: give the model's config or its processor.")
     encoded = encoded_grids(inputs, config)
-    grids = encoded if num_vision_tokens is None else asked_grids(inputs, num_vision_tokens, len(encoded), config)
+    grids, resolutions = encoded, encoded_resolutions(inputs, len(encoded), config)
+    if num_vision_tokens is not None or image_size is not None:
+        asked = list(encoded) if num_vision_tokens is None else num_vision_tokens
+        grids, resolutions = asked_grids(inputs, asked, len(encoded), config, image_size)
     first = first_placeholders(inputs["input_ids"], encoded, config.image_token_id)
     recounted = dict(inputs)
     if grids != encoded:
         recounted = rewrite_runs(recounted, first, grids, config.image_token_id, pad_token_id)
     if grids:
         recounted["vision_token_grids"] = torch.tensor(grids, device=inputs["input_ids"].device)
-    if kept := (inputs.get("mm_encoder_outputs") or {}).get("image"):
-        unpooled = BaseModelOutputWithPooling(last_hidden_state=kept.last_hidden_state)
-        recounted["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": unpooled}
+    recounted.pop("image_resolutions", None)
+    if any(resolutions):
+        sizes = [resolution or (0, 0) for resolution in resolutions]
+        recounted["image_resolutions"] = torch.tensor(sizes, device=inputs["input_ids"].device)
+    if kept := kept_features(inputs):
+        unpooled = [
+            TokenFlexImageOutput(output.last_hidden_state, image_resolutions=output.get("image_resolutions"))
+            for output in kept
+        ]
+        is_list = isinstance(inputs["mm_encoder_outputs"]["image"], (list, tuple))
+        recounted["mm_encoder_outputs"] = {
+            **inputs["mm_encoder_outputs"],
+            "image": unpooled if is_list else unpooled[0],
+        }
     return recounted
+
+
+def kept_features(inputs: Mapping) -> list[TokenFlexImageOutput]:
+    """
+    Lists what `mm_encoder_outputs` keeps of a prompt's images: outputs of `get_image_features` that each hold all of
+    them, at different resolutions.
+    """
+    kept = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return list(kept) if isinstance(kept, (list, tuple)) else [] if kept is None else [kept]
+
+
+def encoded_resolutions(inputs: Mapping, num_images: int, config) -> list[tuple[int, int] | None]:
+    """
+    Reads the resolution that was asked for with each image, arguments as for [`at_count`]: `image_resolutions` if
+    given, where (0, 0) is none.
+
+    Raises:
+        ValueError: If they differ from the images in number, or one is not allowed.
+    """
+    resolutions = inputs.get("image_resolutions")
+    if resolutions is None:
+        return [None] * num_images
+    resolutions = torch.as_tensor(resolutions)
+    if resolutions.shape != (num_images, 2):
+        raise ValueError(
+            f"`image_resolutions` has shape {tuple(resolutions.shape)} for {num_images} images: give (height, width) "
+            "of each in pixels, (0, 0) for the one that goes with its count."
+        )
+    resolutions = [tuple(size) if any(size) else None for size in resolutions.tolist()]
+    for resolution in dict.fromkeys(resolutions):
+        if resolution is not None:
+            config.patch_grid_at(resolution)
+    return resolutions
+
+
+def seen_resolutions(inputs: Mapping, config) -> list[tuple[int, int]]:
+    """
+    Finds the resolution that the vision tower sees each image at: the one that was asked for, else the one that goes
+    with its grid.
+
+    Args:
+        inputs (`Mapping`): As for [`at_count`], with `vision_token_grids`.
+        config ([`TokenFlexConfig`]): The model's configuration.
+
+    Returns:
+        `list[tuple[int, int]]`: (height, width) in pixels.
+    """
+    grids = encoded_grids(inputs, config)
+    sizes = encoded_resolutions(inputs, len(grids), config)
+    return [size or config.resolution_for(grid) for size, grid in zip(sizes, grids)]
 
 
 def encoded_grids(inputs: Mapping, config) -> list[tuple[int, int]]:
@@ -95,7 +182,7 @@ def encoded_grids(inputs: Mapping, config) -> list[tuple[int, int]]:
             )
         num_images = len(grids) if num_images is None else num_images
         grids = [tuple(grid) for grid in grids.tolist()]
-        return resolve_vision_token_grids(grids, num_images, config.patch_grid, "vision_token_grids")
+        return resolve_vision_tokens(grids, num_images, config, "vision_token_grids")[0]
     if not num_images:
         return []
     row_counts = (inputs["input_ids"] == config.image_token_id).sum(-1).tolist()
@@ -109,17 +196,20 @@ def encoded_grids(inputs: Mapping, config) -> list[tuple[int, int]]:
     return [grid] * num_images
 
 
-def asked_grids(inputs: Mapping, num_vision_tokens, num_images: int, config) -> list[tuple[int, int]]:
-    """Resolves a count to a grid per image, by the inputs' shapes and tiles; arguments as for [`at_count`]."""
+def asked_grids(inputs: Mapping, num_vision_tokens, num_images: int, config, image_size=None) -> tuple[list, list]:
+    """
+    Resolves a choice to a grid and resolution per image, by the inputs' shapes and tiles, as
+    [`resolve_vision_tokens`] does; arguments as for [`at_count`].
+    """
     shapes = ("image_shapes", "num_tiles")
     shapes = {name: torch.as_tensor(inputs[name]).tolist() for name in shapes if inputs.get(name) is not None}
-    return resolve_vision_token_grids(num_vision_tokens, num_images, config.patch_grid, **shapes)
+    return resolve_vision_tokens(num_vision_tokens, num_images, config, image_size=image_size, **shapes)
 
 
 def count_images(inputs: Mapping) -> int | None:
     """Counts the rows of `pixel_values`, of kept features or, if images appear repeatedly, of `image_indices`."""
-    kept = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    given = (inputs.get("image_indices"), inputs.get("pixel_values"), kept and kept.last_hidden_state)
+    features = [kept.last_hidden_state for kept in kept_features(inputs)]
+    given = (inputs.get("image_indices"), inputs.get("pixel_values"), *features)
     return next((len(images) for images in given if images is not None), None)
 
 

@@ -20,12 +20,12 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import get_image_size, is_valid_image, make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from .configuration_tokenflex import resolve_vision_token_grids
+from .choices_tokenflex import resolve_patch_grid, resolve_vision_tokens, split_choice
 
 
 IMAGE_TOKEN = "<|image_pad|>"
 VISION_START_TOKEN, VISION_END_TOKEN = "<|vision_start|>", "<|vision_end|>"
-_OPTIONS = ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches")
+_OPTIONS = ("num_vision_tokens", "match_aspect_ratio", "crop_to_patches", "min_patches", "max_patches", "image_size")
 NO_VIDEOS = (
     "TokenFLEX takes the frames of videos as images: `tokenflex.data.videos.expand_videos` turns them into such."
 )
@@ -66,16 +66,20 @@ CHATML_TEMPLATE = """
 
 class TokenFlexImagesKwargs(ImagesKwargs, total=False):
     """
-    num_vision_tokens (`int`, `tuple[int, int]` or a list of these, *optional*):
-        A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance.
-        Defaults to the processor's `num_vision_tokens`.
+    num_vision_tokens (`int`, `tuple[int, int]`, `str` or a list of these, *optional*):
+        A count n*n or grid (rows, columns) for all images, or a list with one per image in order of appearance, each
+        also with a resolution (`"64@224"`). Defaults to the processor's `num_vision_tokens`.
+    image_size (`int` or `tuple[int, int]`, *optional*):
+        The resolution in pixels that the vision tower is to see all images at. Pixels keep their size; the model
+        shrinks them.
     match_aspect_ratio, crop_to_patches, min_patches, max_patches (*optional*):
         As for [`TokenFlexProcessor`], and default to the processor's; `crop_to_patches` may be a list with one entry
         per image.
     """
 
-    # Checked by `resolve_vision_token_grids`, whose errors name the nearest counts that work.
+    # Checked by `resolve_vision_tokens`, whose errors name the nearest counts that work.
     num_vision_tokens: Any
+    image_size: int | list[int] | tuple[int, int] | None
     match_aspect_ratio: bool | None
     crop_to_patches: bool | list[bool] | None
     min_patches: int | None
@@ -98,14 +102,14 @@ class TokenFlexProcessor(ProcessorMixin):
     [`~transformers.BatchFeature`] of `input_ids`, `attention_mask`; `pixel_values` of shape `(num_tiles, num_channels,
     height, width)`, an uncut image being one tile, and `vision_token_grids` of shape `(num_tiles, 2)`; with
     `match_aspect_ratio` also `image_shapes` of shape `(num_tiles, 2)`, with `crop_to_patches` also `num_tiles` of each
-    image.
+    image, and where a resolution is asked for `image_resolutions` of shape `(num_tiles, 2)`.
 
     Args:
         image_processor ([`~transformers.BaseImageProcessor`]):
             The vision tower's image processor, which has to give images of the tower's size.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The language model's tokenizer, with the image token `<|image_pad|>` (or its own `image_token`).
-        num_vision_tokens (`int` or `tuple[int, int]`, *optional*):
+        num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*):
             The vision-token count per image (or tile) when none is asked for. Defaults to the largest that the patch
             grid allows, up to 256.
         patch_size (`int`, *optional*, defaults to 14):
@@ -193,6 +197,11 @@ class TokenFlexProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         self.auto_map = {"AutoProcessor": "processing_tokenflex.TokenFlexProcessor"}  # as saving would set it
         size = image_processor.size
+        if isinstance(image_size, int):
+            raise ValueError(
+                f"`image_size`={image_size}: a processor's is [height, width] of the vision tower's own images. "
+                f"Smaller ones are asked for with each call, or by default with `num_vision_tokens`='64@{image_size}'."
+            )
         self.image_size = [size["height"], size["width"]] if image_size is None else image_size
         self.patch_size = patch_size
         if num_vision_tokens is None:
@@ -208,8 +217,19 @@ class TokenFlexProcessor(ProcessorMixin):
     @property
     def patch_grid(self) -> tuple[int, int]:
         """`tuple[int, int]`: Rows and columns of the features that are pooled to vision tokens."""
-        height, width = self.image_size
-        return height // self.patch_size, width // self.patch_size
+        return self.patch_grid_at(tuple(self.image_size))
+
+    def patch_grid_at(self, resolution: tuple[int, int]) -> tuple[int, int]:
+        """
+        The patch grid of an image that the model shrinks to a resolution.
+
+        Args:
+            resolution (`tuple[int, int]`): (height, width) in pixels.
+
+        Raises:
+            ValueError: If a side is no multiple of the patch, or larger than the tower's own.
+        """
+        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size))
 
     @property
     def tiler(self) -> GotOcr2ImageProcessorPil:
@@ -226,6 +246,7 @@ class TokenFlexProcessor(ProcessorMixin):
         names = [*self.tokenizer.model_input_names, "pixel_values", "vision_token_grids"]
         names += ["image_shapes"] if self.match_aspect_ratio else []
         names += ["num_tiles"] if self.crop_to_patches else []
+        names += ["image_resolutions"] if isinstance(self.num_vision_tokens, str) else []
         return list(dict.fromkeys(names))
 
     def count_vision_tokens(
@@ -236,13 +257,14 @@ class TokenFlexProcessor(ProcessorMixin):
         crop_to_patches: bool | list[bool] | None = None,
         min_patches: int | None = None,
         max_patches: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ) -> list[int]:
         """
         Counts the vision tokens that images will cost, from their sizes alone: nothing is read, resized or tokenized.
 
         Args:
             image_sizes (sequence of `tuple[int, int]`): (height, width) of each image in pixels.
-            num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches (*optional*):
+            num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches, image_size (*optional*):
                 As when processing images.
 
         Returns:
@@ -263,7 +285,7 @@ class TokenFlexProcessor(ProcessorMixin):
         [208, 208]
         ```
         """
-        options = (num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches)
+        options = (num_vision_tokens, match_aspect_ratio, crop_to_patches, min_patches, max_patches, image_size)
         return self._arrange(image_sizes, *options)[-1]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -281,14 +303,18 @@ class TokenFlexProcessor(ProcessorMixin):
         crop_to_patches: bool | list[bool] | None = None,
         min_patches: int | None = None,
         max_patches: int | None = None,
-    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]] | None, list[int]]:
+        image_size: int | tuple[int, int] | None = None,
+    ) -> tuple[list[int], dict[str, list], list[int]]:
         """
         Returns:
-            `tuple`: The number of tiles of each image; the grid of each tile; with `match_aspect_ratio` the size in
-            pixels that decides the shape of each tile's grid; and the number of tokens of each image.
+            `tuple`: The number of tiles of each image; of each tile its `vision_token_grids`, where they are asked for
+            `image_resolutions`, and with `match_aspect_ratio` the `image_shapes` in pixels that decide the shape of
+            its grid; and the number of tokens of each image.
         """
         if num_vision_tokens is None:
             num_vision_tokens = self.num_vision_tokens
+            if image_size is not None:
+                num_vision_tokens, _ = split_choice(num_vision_tokens)
         if match_aspect_ratio is None:
             match_aspect_ratio = self.match_aspect_ratio
         crops = self._crops(crop_to_patches, len(image_sizes))
@@ -302,11 +328,16 @@ class TokenFlexProcessor(ProcessorMixin):
         sizes = [shown for size, tiles in zip(image_sizes, num_tiles) for shown in [tile] * (tiles - 1) + [size]]
         sizes = sizes if match_aspect_ratio else None
         cut = num_tiles if any(crops) else None
-        grids = resolve_vision_token_grids(
-            num_vision_tokens, sum(num_tiles), self.patch_grid, image_shapes=sizes, num_tiles=cut
+        grids, resolutions = resolve_vision_tokens(
+            num_vision_tokens, sum(num_tiles), self, image_size=image_size, image_shapes=sizes, num_tiles=cut
         )
+        of_tiles = {"vision_token_grids": [list(grid) for grid in grids]}
+        if sizes is not None:
+            of_tiles["image_shapes"] = [list(size) for size in sizes]
+        if any(resolutions):
+            of_tiles["image_resolutions"] = [list(size or (0, 0)) for size in resolutions]
         tokens = iter(rows * columns for rows, columns in grids)
-        return num_tiles, grids, sizes, [sum(next(tokens) for _ in range(tiles)) for tiles in num_tiles]
+        return num_tiles, of_tiles, [sum(next(tokens) for _ in range(tiles)) for tiles in num_tiles]
 
     def _crops(self, crop_to_patches: bool | list[bool] | None, num_images: int) -> list[bool]:
         asked = self.crop_to_patches if crop_to_patches is None else crop_to_patches
@@ -357,7 +388,10 @@ class TokenFlexProcessor(ProcessorMixin):
             if meant:
                 raise ValueError(f"Unknown argument `{name}`={kwargs[name]!r}: did you mean `{meant[0]}`?")
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
+        is_listed = isinstance(options.get("num_vision_tokens"), list)
         options = {name: options[name] for name in _OPTIONS if not isinstance(options.get(name), list | None)}
+        if is_listed:  # what goes with each of its entries is checked where there are images
+            options.pop("image_size", None)
         self._arrange([(1, 1)], **options)
         found = [sample.count(self.image_token) for sample in text or ()]
         if images is None and any(found):
@@ -379,15 +413,13 @@ class TokenFlexProcessor(ProcessorMixin):
         options = {name: kwargs.pop(name, None) for name in _OPTIONS}
         crops = self._crops(options["crop_to_patches"], len(images))
         sizes = [image.size[::-1] if isinstance(image, PIL.Image.Image) else get_image_size(image) for image in images]
-        num_tiles, grids, shown, num_tokens = self._arrange(sizes, **options)
+        num_tiles, of_tiles, num_tokens = self._arrange(sizes, **options)
         return_tensors = kwargs.pop("return_tensors", None)
         tiles = self._read_tiles(images, crops, self._limits(**options), kwargs)
         processed_images = BatchFeature({"pixel_values": tiles}, tensor_type=return_tensors)
         if any(crops):
             processed_images["num_tiles"] = num_tiles
-        processed_images["vision_token_grids"] = [list(grid) for grid in grids]
-        if shown is not None:
-            processed_images["image_shapes"] = [list(size) for size in shown]
+        processed_images |= of_tiles
         return processed_images, [self.image_start + self.image_token * n + self.image_end for n in num_tokens]
 
     def _read_tiles(self, images: list, crops: list[bool], limits: dict, options: dict) -> list:

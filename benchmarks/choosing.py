@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401  (makes the Auto classes know the model)
+from tokenflex.choices_tokenflex import sort_choices
 from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
 from tokenflex.evaluation.answers import mask_answers
@@ -50,7 +51,7 @@ class Answers(Observations):
 @torch.no_grad()
 def observe(model, processor, rows) -> Answers:
     model.eval()
-    choices = sorted(model.config.vision_token_choices)
+    choices = sort_choices(model.config.vision_token_choices)
     hidden_states, right, images, confidence, texts = [], [], [], [], []
     for targets, inputs in encode_questions(model, processor, rows):
         hidden_states.append(model.read_questions(**inputs))

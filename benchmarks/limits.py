@@ -20,7 +20,8 @@ from rates import Rates, measure_rates  # noqa: F401
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfig
 
 from tokenflex import TokenFlexConfig
-from tokenflex.configuration_tokenflex import count_prefix_tokens, resolve_vision_token_grid
+from tokenflex.choices_tokenflex import resolve_vision_token_grid
+from tokenflex.configuration_tokenflex import count_prefix_tokens
 
 
 _NUM_WEIGHTS = {}  # by configuration, since large models take a while to lay out

@@ -8,6 +8,7 @@ import PIL.Image
 from transformers.utils import is_av_available, is_cv2_available, is_decord_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
+from ..choices_tokenflex import count_tokens, format_size, split_choice
 from ..processing_tokenflex import read_image
 
 
@@ -29,9 +30,10 @@ def expand_videos(
         num_frames (`int`, *optional*): Number of frames to take of each video, evenly spaced. Defaults to all.
         fps (`float`, *optional*): Frames per second to take; of a list of frames, `video_fps` of its part is the
             rate that it was recorded at.
-        num_vision_tokens (`int` or `tuple[int, int]`, *optional*, defaults to 256): The count of other images.
-        num_vision_tokens_per_frame (`int` or `tuple[int, int]`, *optional*):
-            The count of each frame. Defaults to the largest square that is at most a quarter of `num_vision_tokens`.
+        num_vision_tokens (`int`, `tuple[int, int]` or `str`, *optional*, defaults to 256): The count of other images.
+        num_vision_tokens_per_frame (`int`, `tuple[int, int]` or `str`, *optional*):
+            The count of each frame. Defaults to the largest square that is at most a quarter of `num_vision_tokens`,
+            at the same resolution.
 
     Returns:
         `tuple[list[dict], list]`: New messages without videos, and the count of each of their images, as the
@@ -55,8 +57,10 @@ def expand_videos(
     ```
     """
     if num_vision_tokens_per_frame is None:
-        own = math.prod(num_vision_tokens) if isinstance(num_vision_tokens, tuple) else num_vision_tokens
-        num_vision_tokens_per_frame = max(1, math.isqrt(own // 4)) ** 2
+        _, resolution = split_choice(num_vision_tokens)
+        num_vision_tokens_per_frame = max(1, math.isqrt(count_tokens(num_vision_tokens) // 4)) ** 2
+        if resolution is not None:
+            num_vision_tokens_per_frame = f"{num_vision_tokens_per_frame}@{format_size(resolution)}"
     expanded, counts = [], []
     for message in messages:
         if not isinstance(message["content"], (list, tuple)):

@@ -14,9 +14,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from ..checkpoints.adapters import refuse_adapters
 from ..checkpoints.files import save_checkpoint, update_checkpoint, write_file
 from ..checkpoints.provenance import add_stage, public_names, read_provenance
+from ..choices_tokenflex import count_tokens, sort_choices
 from ..data.arguments import SourceArguments
 from ..data.loading import load_rows
 from ..generation_tokenflex import TokenFlexChooser, smallest_sufficient
+from .flops import choosing_flops, count_flops
 from .metrics import exact_match
 from .sweep import answer_questions, encode_questions
 
@@ -33,32 +35,40 @@ class Observations:
     A model's results at every count, question by question.
 
     Args:
-        choices (`list[int]`): The counts, rising.
+        choices (`list[int | str]`): The counts, also with resolutions, the cheapest first.
         hidden_states (`torch.Tensor` of shape `(num_questions, hidden_size)`): See `read_questions`.
         right (`torch.Tensor` of shape `(num_questions, num_choices)`): 1 for a right answer, else 0.
         images (`torch.Tensor` of shape `(num_questions,)`): The row of the data set that each question is about.
+        text_tokens (`int`, *optional*, defaults to 32): The mean length of the prompts without their images.
     """
 
-    choices: list[int]
+    choices: list[int | str]
     hidden_states: torch.Tensor
     right: torch.Tensor
     images: torch.Tensor
+    text_tokens: int = 32
 
 
 @torch.no_grad()
 def observe(
     model, processor, dataset, batch_size: int = 64, max_new_tokens: int = 16, show_progress: bool = True
 ) -> Observations:
-    """Reads and answers every question of a data set at every count; arguments as for [`predict`]."""
+    """Reads and answers every question of a data set at every choice; arguments as for [`predict`]."""
     model.eval()
-    choices = sorted(model.config.vision_token_choices)
-    hidden_states, right, images = [], [], []
+    choices = list(model.config.vision_token_choices)
+    hidden_states, right, images, lengths = [], [], [], []
     for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress):
+        lengths += (
+            (inputs["attention_mask"].bool() & (inputs["input_ids"] != processor.image_token_id)).sum(-1).tolist()
+        )
         hidden_states.append(model.read_questions(**inputs).cpu())
         answer_questions(model, processor, targets, inputs, choices, max_new_tokens)
         right += [[t.rate(exact_match, count) for count in choices] for t in targets]
         images += [target.index for target in targets]
-    return Observations(choices, torch.cat(hidden_states), torch.tensor(right), torch.tensor(images))
+    text_tokens = round(sum(lengths) / max(1, len(lengths)))
+    order = sorted(range(len(choices)), key=lambda i: count_flops(model.config, choices[i], text_tokens).total)
+    choices, right = [choices[i] for i in order], torch.tensor(right)[:, order]
+    return Observations(choices, torch.cat(hidden_states), right, torch.tensor(images), text_tokens)
 
 
 def fit_head(hidden_states: torch.Tensor, right: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,21 +134,30 @@ class OperatingPoint:
         accuracy (`float`): The share of right answers at the chosen counts.
         vision_tokens (`float`): The mean of the chosen counts.
         total_vision_tokens (`float`): With the smallest count, at which every question is read to choose.
+        flops (`float`): The mean of floating-point operations to the first token, reading and vision tower included,
+            as a share of the most expensive choice's.
     """
 
     tolerance: float
     accuracy: float
     vision_tokens: float
     total_vision_tokens: float
+    flops: float
 
 
-def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequence[float] = TOLERANCES):
+def trace(
+    chances: torch.Tensor,
+    observations: Observations,
+    costs: Sequence[float],
+    tolerances: Sequence[float] = TOLERANCES,
+) -> list[OperatingPoint]:
     """
     Lists the [`OperatingPoint`] that each tolerance leads to.
 
     Args:
         chances (`torch.Tensor` of shape `(num_questions, num_choices)`): Chances from [`foresee`].
         observations ([`Observations`]): Results from [`observe`].
+        costs (`Sequence[float]`): Of choosing and answering at each choice, as shares of the most expensive answer.
         tolerances (`Sequence[float]`, *optional*): Defaults to 201 values from 0 to 1.
     """
     points = []
@@ -146,8 +165,12 @@ def trace(chances: torch.Tensor, observations: Observations, tolerances: Sequenc
         chosen = smallest_sufficient(chances, observations.choices, float(tolerance))
         columns = torch.tensor([observations.choices.index(count) for count in chosen])
         accuracy = observations.right.gather(1, columns[:, None]).mean()
-        tokens = sum(chosen) / len(chosen)
-        points.append(OperatingPoint(float(tolerance), float(accuracy), tokens, tokens + min(observations.choices)))
+        tokens, flops = (
+            sum(map(count_tokens, chosen)) / len(chosen),
+            float(torch.tensor(costs, dtype=torch.float)[columns].mean()),
+        )
+        total = tokens + min(map(count_tokens, observations.choices))
+        points.append(OperatingPoint(float(tolerance), float(accuracy), tokens, total, flops))
     return points
 
 
@@ -161,8 +184,8 @@ def calibrate(
         model ([`TokenFlexForConditionalGeneration`]): The model that was observed.
         observations ([`Observations`]): Results on data that it is not going to be tested on.
         accuracy_loss (`float`, *optional*, defaults to 0.005):
-            Accuracy, from 0 to 1, that may be lost against the largest count; the fewest tokens that keep it are
-            taken.
+            Accuracy, from 0 to 1, that may be lost against the largest choice; the fewest floating-point operations
+            that keep it are taken.
         mean_tokens (`float`, *optional*):
             In its place, how many vision tokens may be read per image on average, the reading at the smallest count
             included; the best accuracy within it is taken.
@@ -175,19 +198,21 @@ def calibrate(
         ValueError: If no tolerance reaches the target.
     """
     chances, penalty = foresee(observations)
-    curve = trace(chances, observations)
+    asked = (model.config, observations.choices, observations.text_tokens)
+    most = max(count_flops(model.config, choice, observations.text_tokens).total for choice in observations.choices)
+    curve = trace(chances, observations, [flops / most for flops in choosing_flops(*asked).values()])
     uniform = dict(zip(observations.choices, observations.right.mean(0).tolist()))
     if mean_tokens is not None:
         within = [point for point in curve if point.total_vision_tokens <= mean_tokens]
         target = f"`mean_tokens`={mean_tokens}: the least that is read is {curve[-1].total_vision_tokens:.1f}"
         point = max(within, key=lambda point: (point.accuracy, -point.vision_tokens), default=None)
     else:
-        needed = uniform[max(observations.choices)] - accuracy_loss
+        needed = uniform[sort_choices(observations.choices)[-1]] - accuracy_loss
         within = [point for point in curve if point.accuracy >= needed]
         target = (
             f"`accuracy_loss`={accuracy_loss}: choosing reaches {max(p.accuracy for p in curve):.4f}, not {needed:.4f}"
         )
-        point = min(within, key=lambda point: (point.vision_tokens, -point.accuracy), default=None)
+        point = min(within, key=lambda point: (point.flops, -point.accuracy), default=None)
     if point is None:
         raise ValueError(f"{target}. Allow more, or calibrate on more data.")
     weight, bias = fit_head(observations.hidden_states, observations.right, penalty)
@@ -197,7 +222,7 @@ def calibrate(
     model.model.vision_token_chooser = chooser
     model.config.vision_token_chooser = {"choices": list(observations.choices), "tolerance": point.tolerance}
     known = [
-        next((n for n, hit in zip(observations.choices, row) if hit), min(observations.choices))
+        count_tokens(next((choice for choice, hit in zip(observations.choices, row) if hit), observations.choices[0]))
         for row in observations.right.tolist()
     ]
     return {

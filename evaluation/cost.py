@@ -68,7 +68,7 @@ def measure_cost(
         count: processor(
             images=list(images),
             text=[prompt] * len(images),
-            num_vision_tokens=None if isinstance(count, str) else count,
+            num_vision_tokens=None if count == "auto" else count,
             padding=True,
             return_tensors="pt",
         ).to(model.device)

@@ -14,10 +14,12 @@ from transformers import AutoModelForImageTextToText, HfArgumentParser
 from ..checkpoints.adapters import load_processor
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.provenance import public_names
+from ..choices_tokenflex import count_tokens, parse_choice, sort_choices
 from ..data.arguments import SourceArguments
 from ..data.examples import to_example
 from ..data.loading import load_rows
 from .cost import describe_machine, measure_cost
+from .flops import choosing_flops, count_flops
 from .intervals import mean_over_families, paired_test
 from .metrics import METRICS, get_metric
 from .progress import predict_on_and_on
@@ -62,14 +64,14 @@ def evaluate(
             refused.
 
     Returns:
-        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures and
-        the model's [`fingerprint`], and every answer.
+        `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures,
+        `gflops_to_first_token` of one image and 32 tokens of text, and the model's [`fingerprint`]; and every answer.
     """
     get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
     counts = list(counts or [*model.config.vision_token_choices, *["auto"] * can_choose])
     for i, count in enumerate(counts):
-        if isinstance(count, (tuple, list)):
+        if isinstance(count, (tuple, list)) or count in ("low", "high"):
             raise ValueError(f"`counts[{i}]`={count!r}: scores are told apart by the count n*n, so give that.")
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
@@ -89,15 +91,22 @@ def evaluate(
         **score(predictions, counts, metric),
         **compare(predictions, counts, metric),
     }
-    report["vision_tokens"] = {count: count for count in counts}
+    named = [count for count in counts if count != "auto"]
+    report["vision_tokens"] = {count: count_tokens(count) for count in named}
     if "auto" in counts:  # every question with an image is read at the smallest count first
-        read = [p.chosen + min(model.config.vision_token_choices) for p in predictions if p.chosen is not None]
+        smallest = count_tokens(sort_choices(model.config.vision_token_choices)[0])
+        read = [count_tokens(p.chosen) + smallest for p in predictions if p.chosen is not None]
         report["vision_tokens"]["auto"] = sum(read) / max(1, len(read))
     if latency_batch_size and state.is_main_process:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))
         images = [image for row in rows for image in to_example(row).images[:1]]
         if images:
             report |= measure_cost(model, processor, images, predictions[0].question, counts)
+            report["gflops_to_first_token"] = {n: count_flops(model.config, n).total / 1e9 for n in named}
+            if "auto" in counts:
+                costs = choosing_flops(model.config, model.config.vision_token_chooser["choices"])
+                chosen = [costs[p.chosen] for p in predictions if p.chosen is not None]
+                report["gflops_to_first_token"]["auto"] = sum(chosen) / max(1, len(chosen)) / 1e9
         report["latency_batch_size"] = len(images)
     report["machine"] = {**describe_machine(model, processor), "processes": state.num_processes}
     return report, predictions
@@ -131,7 +140,7 @@ def compare(predictions: Sequence[Prediction], counts: Sequence[int | str], metr
     rate, images = get_metric(metric), [prediction.index for prediction in predictions]
     families = [prediction.family for prediction in predictions]
     rates = {count: [p.rate(rate, count) for p in predictions] for count in counts}
-    largest = max((count for count in counts if count != "auto"), default=None)
+    largest = next(iter(sort_choices([count for count in counts if count != "auto"])[-1:]), None)
     return {
         "interval": {count: mean_over_families(rates[count], families, groups=images)[1:] for count in counts},
         "against_largest": {
@@ -152,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         "--num_vision_tokens",
         dest="counts",
         metavar="COUNT",
-        type=lambda text: text if text == "auto" else int(text),
+        type=lambda text: text if text == "auto" else parse_choice(text),
         nargs="+",
         help="Vision-token counts, or `auto`. Default: the config's choices, and `auto` for a calibrated checkpoint.",
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
-from ..configuration_tokenflex import resolve_named_count
+from ..choices_tokenflex import NAMED_COUNTS, count_tokens, resolve_named_count, sort_choices
 from ..data.images import decode_image, fetch, is_address
 from ..data.videos import expand_videos
 from ..inference.counts import parse_num_vision_tokens
@@ -76,7 +76,7 @@ class HarnessModel:
         super().__init__()
         self.processor = load_processor(pretrained)
         num_vision_tokens = _parse_count(num_vision_tokens)
-        if not isinstance(num_vision_tokens, str):
+        if num_vision_tokens not in NAMED_COUNTS:
             self.processor.count_vision_tokens([(1, 1)], num_vision_tokens)
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained,
@@ -93,7 +93,7 @@ class HarnessModel:
         if num_vision_tokens == "auto" and self.model.config.vision_token_chooser is None:
             raise ValueError(
                 f"`num_vision_tokens`='auto': {pretrained} has not learned to choose. Run `tokenflex calibrate` on "
-                f"it, or name a count such as {max(choices)}."
+                f"it, or name a count such as {sort_choices(choices)[-1]}."
             )
         self.num_vision_tokens = num_vision_tokens
 
@@ -119,7 +119,7 @@ class HarnessModel:
             *(expand_videos(messages, num_vision_tokens=default) for messages in conversations)
         )
         count = {} if self.num_vision_tokens is None else {"num_vision_tokens": self.num_vision_tokens}
-        smallest = min(self.model.config.vision_token_choices)
+        smallest = sort_choices(self.model.config.vision_token_choices)[0]
         is_auto = self.num_vision_tokens == "auto"
         encoded_at = count.get("num_vision_tokens", sum(counts, []) or None)
         inputs = self.processor.apply_chat_template(
@@ -137,7 +137,8 @@ class HarnessModel:
         prompt_tokens = inputs["attention_mask"].sum(-1)
         vision_tokens = (inputs["input_ids"] == self.processor.image_token_id).sum(-1)
         if is_auto and output.get("num_vision_tokens") is not None:
-            answered_at = vision_tokens // smallest * output.num_vision_tokens.to(vision_tokens.device)
+            chosen = torch.as_tensor([count_tokens(choice) for choice in list(output.num_vision_tokens)])
+            answered_at = vision_tokens // count_tokens(smallest) * chosen.to(vision_tokens.device)
             prompt_tokens, vision_tokens = 2 * prompt_tokens - vision_tokens + answered_at, vision_tokens + answered_at
         output_tokens = mask_answers(answers, self.model.generation_config.eos_token_id).sum(-1)
         lengths = prompt_tokens, vision_tokens, output_tokens

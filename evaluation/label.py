@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..checkpoints.adapters import load_processor
 from ..checkpoints.files import write_file
 from ..checkpoints.fingerprint import fingerprint
+from ..choices_tokenflex import parse_choice
 from ..data.examples import to_example
 from ..data.images import ImageError, decode_image
 from .progress import predict_on_and_on
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, help="Folder of images, with those of its folders.")
     parser.add_argument("--questions", required=True, help="Text file with a question in each line.")
     parser.add_argument("--questions_per_image", type=int, default=1, help="Asked in turn. Default: %(default)s.")
-    parser.add_argument("--num_vision_tokens", type=int, help="Count to answer at. Default: the model's own.")
+    parser.add_argument("--num_vision_tokens", type=parse_choice, help="Count to answer at. Default: the model's own.")
     parser.add_argument("--batch_size", type=int, default=16, help="Questions answered at a time.")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="The longest answer in tokens.")
     parser.add_argument("--output_dir", required=True, help="Folder for `rows.jsonl`.")

@@ -6,7 +6,6 @@ The paper's table, measured: scores of lmms-eval and VLMEvalKit at each vision-t
 
 import csv
 import json
-import math
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.files import write_file
+from ..choices_tokenflex import count_tokens
+from ..inference.counts import parse_num_vision_tokens
 from .vlmevalkit import CLAIM
 
 
@@ -23,7 +24,7 @@ PAPER = {
     "144": (56.5, 69.8, 80.8, 43.0, 79.5, 51.6, 57.5, 50.0),
     "256": (57.3, 71.4, 81.0, 44.4, 79.9, 51.0, 56.5, 50.6),
 }
-COUNT = r"\d+(?:x\d+)?|low|high|auto"
+COUNT = r"\d+(?:x\d+)?(?:@\d+(?:x\d+)?)?|low|high|auto"
 VLMEVALKIT, LMMS_EVAL = "VLMEvalKit", "lmms-eval"
 
 
@@ -232,7 +233,7 @@ def markdown_table(scores: Scores) -> str:
 def _order(count: str) -> tuple[bool, float, str]:
     """Counts and grids by their tokens, then names."""
     is_name = not count[0].isdigit()
-    return is_name, 0 if is_name else math.prod(map(int, count.split("x"))), count
+    return is_name, 0 if is_name else count_tokens(parse_num_vision_tokens(count)), count
 
 
 def _row(count: str, label: str, values: Iterable[float | None]) -> str:

@@ -98,7 +98,7 @@ def predict_on_and_on(
     was_training = model.training
     model.eval()
     rows = _NotedRows(dataset, rest)
-    for targets, inputs in encode_questions(model, processor, rows, batch_size, show_progress):
+    for targets, inputs in encode_questions(model, processor, rows, batch_size, show_progress, counts):
         answer_questions(model, processor, targets, inputs, counts, max_new_tokens)
         for target in targets:
             target.index = rest[target.index]

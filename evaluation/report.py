@@ -13,9 +13,11 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
 from ..checkpoints.files import write_file  # noqa: E402
+from ..choices_tokenflex import count_tokens, parse_choice  # noqa: E402
 
 
 COSTS = {
+    "gflops_to_first_token": ("GFLOP to first token", ".3g"),
     "milliseconds_to_first_token": ("ms to first token", ".1f"),
     "tokens_per_second": ("tokens / s", ".0f"),
     "peak_memory_mib": ("peak MiB", ".0f"),
@@ -48,7 +50,7 @@ def markdown_table(report: Mapping) -> str:
     lines = [row("vision tokens", names, "mean", "95 % of means" if several else "95 %", titles, "unparsed")]
     lines.append("|" + "---:|" * (lines[0].count(" | ") + 1))
     for count, accuracy in report["accuracy"].items():
-        costs = [(report[name][count], COSTS[name][1]) for name in measured]
+        costs = [(report[name].get(count), COSTS[name][1]) for name in measured]
         costs = ["" if value is None else format(value, spec) for value, spec in costs]
         interval = "–".join(map(_percent, intervals[count])) if intervals else ""
         name = f"auto ({report['vision_tokens'][count]:.1f} read)" if count == "auto" else str(count)
@@ -73,7 +75,8 @@ def _percent(share: float) -> str:
 
 def plot_png(report: Mapping, title: str) -> bytes:
     """
-    Accuracy of each family and, where measured, time to first token, against the count.
+    Accuracy of each family and, where measured, time to first token, against the count. Where counts have resolutions,
+    mean accuracy against that time.
 
     Args:
         report (`Mapping`): As for [`markdown_table`].
@@ -83,7 +86,8 @@ def plot_png(report: Mapping, title: str) -> bytes:
         `bytes`: A PNG image.
     """
     counts = [count for count in report["accuracy"] if count != "auto"]
-    positions = [int(count) for count in counts]
+    has_resolutions = any("@" in str(count) for count in counts)
+    positions = [i if has_resolutions else count_tokens(parse_choice(count)) for i, count in enumerate(counts)]
     times = report.get("milliseconds_to_first_token")
     figure = Figure(figsize=(10.5 if times else 7.5, 4.6), dpi=110, layout="constrained")
     figure.suptitle(title.replace("$", r"\$"))  # dollars would begin a formula
@@ -97,20 +101,30 @@ def plot_png(report: Mapping, title: str) -> bytes:
         values = [100 * report["mean"][count] for count in counts]
         axes[0].plot(positions, values, marker="s", linewidth=2.6, color="black", label="mean")
         if "auto" in report["accuracy"]:
-            tokens, mean = report["vision_tokens"]["auto"], 100 * report["mean"]["auto"]
-            axes[0].plot(tokens, mean, marker="*", markersize=15, linestyle="", color="crimson", label="mean, auto")
+            place = len(counts) if has_resolutions else report["vision_tokens"]["auto"]
+            mean = 100 * report["mean"]["auto"]
+            axes[0].plot(place, mean, marker="*", markersize=15, linestyle="", color="crimson", label="mean, auto")
     axes[0].set_ylabel(f"{report.get('metric', 'exact_match').replace('_', ' ')}, %")
     axes[0].set_ylim(top=101.5)
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    if times:
+    if times and has_resolutions:
+        for count in report["accuracy"]:
+            place, star = (times[count], 100 * report["mean"][count]), count == "auto"
+            axes[1].plot(*place, marker="*" if star else "o", color="crimson" if star else "black")
+            axes[1].annotate(str(count), place, xytext=(4, -11), textcoords="offset points", fontsize=8)
+        axes[1].set_xlabel("time to first token, ms")
+        axes[1].set_ylabel("mean, %")
+        axes[1].set_xlim(0, 1.15 * max(times.values()))
+        axes[1].grid(alpha=0.25)
+    elif times:
         axes[1].plot(positions, [times[count] for count in counts], marker="o", color="black")
         if "auto" in times:
             axes[1].plot(report["vision_tokens"]["auto"], times["auto"], marker="*", markersize=15, color="crimson")
         axes[1].set_ylabel("time to first token, ms")
         axes[1].set_ylim(0, 1.1 * max(times.values()))
-    for axis in axes:
-        axis.set_xlabel("vision tokens per image")
-        axis.set_xticks(positions)
+    for axis in axes[: 1 if has_resolutions else 2]:
+        axis.set_xlabel("vision tokens per image" + (" @ pixels" if has_resolutions else ""))
+        axis.set_xticks(positions, list(map(str, counts)) if has_resolutions else None)
         axis.grid(alpha=0.25)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

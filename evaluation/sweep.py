@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
+from ..choices_tokenflex import resolve_named_count
 from ..data.examples import Example, to_example
 from ..data.placing import place_images, tokenize_prompts
 from ..inference.decoding import GREEDY
+from ..placeholders_tokenflex import asked_grids
 from .answers import normalize
 from .choices import find_choice
 from .metrics import get_metric, multiple_choice
@@ -25,7 +27,7 @@ class Prediction:
         question (`str`): The question's text.
         answer (`str`): The expected answer; of several the commonest.
         predictions (`dict[int | str, str]`): The model's answer at each count.
-        chosen (`int`, *optional*): The count that `"auto"` chose, if that is among the counts.
+        chosen (`int` or `str`, *optional*): The count that `"auto"` chose, if that is among the counts.
         references (`list[str]`, *optional*): All expected answers, where there are several.
         options (`list[str]`, *optional*): The options, where there are some; answers are then letters.
         cut (`list[int | str]`, *optional*): The counts at which the answer did not end within the tokens it was given.
@@ -36,7 +38,7 @@ class Prediction:
     question: str
     answer: str
     predictions: dict[int | str, str]
-    chosen: int | None = None
+    chosen: int | str | None = None
     references: list[str] | None = None
     options: list[str] | None = None
     cut: list[int | str] = field(default_factory=list)
@@ -92,11 +94,16 @@ def _text(message: dict) -> str:
 
 @torch.no_grad()
 def encode_questions(
-    model, processor, dataset, batch_size: int = 64, show_progress: bool = True
+    model,
+    processor,
+    dataset,
+    batch_size: int = 64,
+    show_progress: bool = True,
+    choices: Sequence[int | str] | None = None,
 ) -> Iterator[tuple[list[Prediction], dict]]:
     """
     The last question of every dialog, in batches ready for `generate` at any count. The vision tower runs once per
-    image.
+    image and resolution.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -104,12 +111,20 @@ def encode_questions(
         dataset (sequence): Rows as [`to_example`] takes or returns them.
         batch_size (`int`, *optional*, defaults to 64): Questions at a time.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
+        choices (`Sequence[int | str]`, *optional*): The counts, also with resolutions, that will be asked for; with
+            `"auto"` also those that it chooses among. Default to the config's.
 
     Yields:
         `tuple[list[Prediction], dict]`: Questions to answer, with no answers yet, and the inputs.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
+    choices, chooser = list(choices or model.config.vision_token_choices), model.config.vision_token_chooser
+    if "auto" in choices and chooser is not None:
+        choices += [*chooser["choices"], *model.config.vision_token_choices]
+    choices = [
+        resolve_named_count(choice, model.config.vision_token_choices) for choice in choices if choice != "auto"
+    ]
     progress = tqdm(total=len(dataset), unit="image", desc="Evaluating", disable=not show_progress)
     for batch in _batches(dataset, batch_size):
         images = [image for _, example in batch for image in example.images]
@@ -129,18 +144,26 @@ def encode_questions(
         inputs = dict(inputs.to(model.device))
         if images:
             processed = processor(images=images, return_tensors="pt")
-            features = model.get_image_features(processed["pixel_values"].to(model.device), num_vision_tokens=1)
             # Every question has its image's tiles.
             tiles = processed.get("num_tiles", torch.ones(len(images), dtype=torch.long))
             of_image = torch.arange(int(tiles.sum())).split(tiles.tolist())
             rows = torch.cat([of_image[image] for image in used])
-            features.last_hidden_state = features.last_hidden_state[rows]
-            asked = {"mm_encoder_outputs": {"image": features}}
+            asked = {}
             if "image_shapes" in processed:
                 asked["image_shapes"] = processed["image_shapes"][rows]
             if "num_tiles" in processed:
                 asked["num_tiles"] = tiles[used]
-            inputs = place_images(inputs, asked, processor)
+            sizes = []
+            for choice in choices:
+                grids, of_images = asked_grids(asked, choice, len(rows), model.config)
+                sizes += [size or model.config.resolution_for(grid) for grid, size in zip(grids, of_images)]
+            pixel_values, kept = processed["pixel_values"].to(model.device), []
+            for size in dict.fromkeys(sizes):
+                features = model.get_image_features(pixel_values, num_vision_tokens=1, image_size=size)
+                features.last_hidden_state = features.last_hidden_state[rows]
+                features.image_resolutions = [size] * len(rows)
+                kept.append(features)
+            inputs = place_images(inputs, {"mm_encoder_outputs": {"image": kept}, **asked}, processor)
         yield targets, inputs
         progress.update(len(batch))
     progress.close()
@@ -157,14 +180,15 @@ def predict(
     show_progress: bool = True,
 ) -> list[Prediction]:
     """
-    Answers the last question of every dialog at every count. The vision tower runs once per image, whatever the number
-    of counts and questions.
+    Answers the last question of every dialog at every count. The vision tower runs once per image and resolution,
+    whatever the number of counts and questions.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
         processor ([`TokenFlexProcessor`]): Its processor.
         dataset (sequence): Rows as [`to_example`] takes or returns them.
-        counts (`Sequence[int | str]`): The vision-token counts; `"auto"` is one of them that chooses itself.
+        counts (`Sequence[int | str]`): The vision-token counts, also with resolutions; `"auto"` is one of them that
+            chooses itself.
         batch_size (`int`, *optional*, defaults to 64): Questions answered at a time.
         max_new_tokens (`int`, *optional*, defaults to 16): The longest answer in tokens.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to draw a progress bar.
@@ -175,7 +199,7 @@ def predict(
     was_training = model.training
     model.eval()
     results = []
-    for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress):
+    for targets, inputs in encode_questions(model, processor, dataset, batch_size, show_progress, counts):
         answer_questions(model, processor, targets, inputs, counts, max_new_tokens)
         results += targets
     model.train(was_training)
@@ -208,8 +232,9 @@ def answer_questions(
             target.predictions[count] = text.strip()
             target.cut += [] if ended else [count]
         if output.get("num_vision_tokens") is not None:
-            for target, chosen in zip(targets, output["num_vision_tokens"].tolist()):
-                target.chosen = chosen or None
+            chosen = output["num_vision_tokens"]
+            for target, choice in zip(targets, chosen.tolist() if isinstance(chosen, torch.Tensor) else chosen):
+                target.chosen = choice or None
 
 
 def score(predictions: Sequence[Prediction], counts: Sequence[int | str], metric: str = "exact_match") -> dict:

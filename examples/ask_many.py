@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenflex  # noqa: F401 - registers the Auto classes
+from tokenflex.choices_tokenflex import parse_choice
 from tokenflex.data.images import decode_image
 
 
@@ -20,13 +21,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="Checkpoint folder or Hub id.")
     parser.add_argument("--image", required=True, help="An image file.")
     parser.add_argument("--questions", required=True, nargs="+", help="The questions, answered as one batch.")
-    parser.add_argument("--num_vision_tokens", type=int, nargs="+", help="Default: the model config's choices.")
+    parser.add_argument(
+        "--num_vision_tokens", type=parse_choice, nargs="+", help="Default: the model config's choices."
+    )
     parser.add_argument("--max_new_tokens", type=int, default=32, help="Longest answer. Default: %(default)s.")
     return parser.parse_args()
 
 
 @torch.no_grad()
-def ask(model, processor, image, questions: list[str], counts: list[int], max_new_tokens: int = 32) -> dict:
+def ask(model, processor, image, questions: list[str], counts: list[int | str], max_new_tokens: int = 32) -> dict:
     """The answers to all questions, a list for each count."""
     dialogs = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -38,8 +41,13 @@ def ask(model, processor, image, questions: list[str], counts: list[int], max_ne
     )
 
     pixel_values = inputs.pop("pixel_values")  # the same for every question; several rows where it is cut into tiles
-    kept = model.get_image_features(pixel_values[: len(pixel_values) // len(questions)], num_vision_tokens=1)
-    kept.last_hidden_state = kept.last_hidden_state.repeat(len(questions), 1, 1)
+    kept = []
+    for size in model.config.resolutions_for(counts):
+        views = pixel_values[: len(pixel_values) // len(questions)]
+        features = model.get_image_features(views, num_vision_tokens=1, image_size=size)
+        features.last_hidden_state = features.last_hidden_state.repeat(len(questions), 1, 1)
+        features.image_resolutions *= len(questions)
+        kept.append(features)
     answers = {}
     for count in counts:
         output = model.generate(

@@ -12,6 +12,7 @@ import argparse
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tokenflex.choices_tokenflex import parse_choice
 from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
 from tokenflex.evaluation import evaluate
@@ -25,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num_vision_tokens",
         nargs="+",
-        type=lambda text: text if text == "auto" else int(text),
+        type=parse_choice,
         help="Counts to try, `auto` among them. Default: the model config's, and `auto` if it is calibrated.",
     )
     parser.add_argument("--metric", default="exact_match", help="See docs/evaluation.md. Default: %(default)s.")
@@ -35,10 +36,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def cheapest(report: dict, tolerance: float) -> int | str:
-    """The count that reads the fewest tokens, of those whose mean score is within `tolerance` of the best."""
+    """The count that costs the fewest FLOPs, of those whose mean score is within `tolerance` of the best."""
     needed = max(report["mean"].values()) - tolerance
     good = [count for count, mean in report["mean"].items() if mean >= needed]
-    return min(good, key=lambda count: report["vision_tokens"][count])
+    return min(good, key=report.get("gflops_to_first_token", report["vision_tokens"]).get)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.choices_tokenflex import parse_choice
 from tokenflex.data.arguments import DataArguments
 from tokenflex.data.loading import load_rows
 from tokenflex.training import TokenFlexDataCollator
@@ -27,7 +28,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="Parquet, JSON, JSONL or CSV file of rows.")
     parser.add_argument("--output_dir", required=True, help="Gets `adapter` and the merged checkpoint, `final`.")
     parser.add_argument(
-        "--vision_token_choices", type=int, nargs="+", help="Counts to draw from. Default: the model config's."
+        "--vision_token_choices",
+        type=parse_choice,
+        nargs="+",
+        help="Counts to draw from. Default: the model config's.",
     )
     parser.add_argument(
         "--vision_token_weights", type=float, nargs="+", help="One weight per count. Default: the config's."

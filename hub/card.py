@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import AutoConfig
 
 from ..checkpoints.provenance import ADOPTED, is_hub_id, read_provenance
+from ..choices_tokenflex import parse_choice, sort_choices
 from ..evaluation.report import markdown_table
 from .checkpoint import count_parameters
 
@@ -187,7 +188,7 @@ def build_card(
         question=question,
         license=license,
         base_models=[(name, is_hub_id(name), _license(name)) for name in bases],
-        untrained=sorted({int(n) for e in evaluations for n in e.scores if n != "auto"} - set(choices)),
+        untrained=sort_choices({parse_choice(n) for e in evaluations for n in e.scores if n != "auto"} - set(choices)),
         stages=provenance["stages"],
         image_processors=sorted(
             {
@@ -228,7 +229,7 @@ def eval_results(evaluation: Evaluation) -> list[EvalResult]:
             metric_type=evaluation.metric,
             metric_name=f"{evaluation.metric.replace('_', ' ')} at {count} vision tokens",
             metric_value=score,
-            metric_args={"num_vision_tokens": count if count == "auto" else int(count)},
+            metric_args={"num_vision_tokens": parse_choice(count)},
         )
         for count, score in evaluation.scores.items()
     ]

@@ -2,10 +2,11 @@
 
 from argparse import ArgumentParser
 
+import torch
 from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
-from ..configuration_tokenflex import resolve_named_count
+from ..choices_tokenflex import resolve_named_count
 from ..data.images import ImageError, decode_image
 from .control_tokens import refuse_control_tokens
 from .counts import parse_num_vision_tokens
@@ -40,7 +41,7 @@ def answer(
     return _answer(model, processor, image, question, num_vision_tokens, max_new_tokens)[0]
 
 
-def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens) -> tuple[str, int | None]:
+def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens) -> tuple[str, int | str | None]:
     """The answer, and the count if it was chosen."""
     refuse_control_tokens("question", question, processor.tokenizer)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -49,8 +50,9 @@ def _answer(model, processor, image, question, num_vision_tokens, max_new_tokens
     options = {"num_vision_tokens": num_vision_tokens, "max_new_tokens": max_new_tokens}
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     chosen = output.get("num_vision_tokens")
+    chosen = chosen.tolist() if isinstance(chosen, torch.Tensor) else chosen
     reply = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return reply.strip(), None if chosen is None else int(chosen[0])
+    return reply.strip(), None if chosen is None else chosen[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,4 +79,4 @@ def main(argv: list[str] | None = None) -> None:
         count = resolve_named_count(count, choices)
         reply, chosen = _answer(model, processor, image, args.question, count, args.max_new_tokens)
         name = f"{count[0]}x{count[1]}" if isinstance(count, tuple) else chosen or count
-        print(f"{name:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201
+        print(f"{name!s:>5} vision tokens{' (auto)' if chosen else ''}: {reply}")  # noqa: T201

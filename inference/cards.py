@@ -96,6 +96,8 @@ def render_card(image: Image.Image, answer: Answer, roles: Sequence[str]) -> str
         "prompt tokens": answer.prompt_tokens,
         "first token": f"{answer.milliseconds_to_first_token:.1f} ms",
     }
+    if answer.resolution is not None:
+        figures["image"] = "{} × {} pixels".format(*answer.resolution)
     is_chosen = any(role.startswith(("your", "auto")) for role in roles)
     return (
         f'<article class="flex-card{" chosen" * is_chosen}" data-tokens="{count}">'
@@ -111,6 +113,6 @@ def render_answers(question: str, cards: Sequence[str], tower_milliseconds: floa
     """The cards so far, under the question, as HTML."""
     return (
         f'<h2 class="flex-question">{html.escape(question.strip())}</h2><div class="flex-cards">{"".join(cards)}</div>'
-        f'<p class="flex-note">The vision tower ran once for all of them: {tower_milliseconds:.1f} ms. First token: '
-        "from its features on, the median of three.</p>"
+        f'<p class="flex-note">The vision tower ran once for each size of the image: {tower_milliseconds:.1f} ms in '
+        "all. First token: from its features on, the median of three.</p>"
     )

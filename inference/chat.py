@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from jinja2 import Environment, defaults, meta
 from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..placeholders_tokenflex import at_count
+from ..placeholders_tokenflex import at_count, seen_resolutions
 from .chat_request import ChatRequest
 from .control_tokens import refuse_control_tokens
 from .counts import RequestCounts
@@ -207,7 +206,7 @@ class ChatModel:
             text = "".join(part.get("text", "") for part in message["content"])
             refuse_control_tokens(f"messages[{i}].content", text, tokenizer)
         refuse_control_tokens("chat_template_kwargs", json.dumps(template, ensure_ascii=False), tokenizer)
-        encoded_at = min(self.counts.choices) if counts == "auto" else counts
+        encoded_at = self.counts.choices[0] if counts == "auto" else counts
         inputs = self.processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -223,14 +222,16 @@ class ChatModel:
     def _see(self, inputs: dict) -> dict:
         """The inputs with the tower's features for the pixels, and the count that the model chooses if it is to."""
         pixel_values, counts = inputs.pop("pixel_values"), inputs.pop("num_vision_tokens")
-        if self.kept is None:
-            features = self.model.get_image_features(pixel_values, 1, return_dict=True)
-        else:
-            features = BaseModelOutputWithPooling(last_hidden_state=self.kept.encode(pixel_values))
-        inputs["mm_encoder_outputs"] = {"image": features}
+        kept = KeptFeatures(self.model, 2 * len(pixel_values)) if self.kept is None else self.kept
+
+        def see(counts) -> dict:
+            asked = at_count({**inputs, "pixel_values": pixel_values}, counts, self.model.config)
+            features = kept.encode(pixel_values, seen_resolutions(asked, self.model.config))
+            return {**inputs, "mm_encoder_outputs": {"image": features}}
+
         if counts == "auto":
-            [counts] = self.model.choose_vision_tokens(**inputs)
-        return {**inputs, "num_vision_tokens": counts}
+            [counts] = self.model.choose_vision_tokens(**see(self.counts.choices[0]))
+        return {**see(counts), "num_vision_tokens": counts}
 
     def _count_tokens(self, inputs: dict) -> tuple[int, list[int]]:
         """The tokens of the prompt at the count it is answered at, and the vision tokens of each image among them."""

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.generation import BaseStreamer
 
-from ..placeholders_tokenflex import at_count
+from ..placeholders_tokenflex import at_count, seen_resolutions
 from .control_tokens import refuse_control_tokens
 from .decoding import GREEDY
 
@@ -41,12 +41,14 @@ class Answer:
         prompt_tokens (`int`): Number of tokens that the language model read, vision tokens among them.
         milliseconds_to_first_token (`float`):
             From the tower's features to the answer's first token, pooling, projector and prefill: the median of three.
+        resolution (`tuple[int, int]`, *optional*): (height, width) in pixels that the tower saw, if not its own.
     """
 
     text: str
     grid: tuple[int, int]
     prompt_tokens: int
     milliseconds_to_first_token: float
+    resolution: tuple[int, int] | None = None
 
 
 class _FirstTokenClock(BaseStreamer):
@@ -67,7 +69,7 @@ class _FirstTokenClock(BaseStreamer):
 @torch.no_grad()
 def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
     """
-    Runs the vision tower, once for all counts. The image is not cut into tiles.
+    Runs the vision tower, once for all counts of a resolution. The image is not cut into tiles.
 
     Args:
         model ([`TokenFlexForConditionalGeneration`]): The model.
@@ -94,8 +96,10 @@ def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
     options = {"crop_to_patches": False, "return_tensors": "pt"}
     inputs = dict(processor(images=image, text=prompt, **options).to(model.device))
     start = time.perf_counter()
-    features = model.get_image_features(inputs.pop("pixel_values"), 1, return_dict=True)
-    features.last_hidden_state[0, 0, 0].item()  # a GPU returns before it is done; a number has to be waited for
+    pixel_values, config = inputs.pop("pixel_values"), model.config
+    sizes = dict.fromkeys([config.image_size, *config.resolutions_for(config.vision_token_choices)])
+    features = [model.get_image_features(pixel_values, 1, image_size=size, return_dict=True) for size in sizes]
+    features[-1].last_hidden_state[0, 0, 0].item()  # a GPU returns before it is done; a number has to be waited for
     milliseconds = 1000 * (time.perf_counter() - start)
     inputs["mm_encoder_outputs"] = {"image": features}
     return AskedQuestion(inputs, milliseconds)
@@ -118,7 +122,9 @@ def answer_at(model, processor, asked: AskedQuestion, num_vision_tokens: int, ma
     Raises:
         ValueError: If the count is not allowed.
     """
-    [grid] = at_count(asked.inputs, num_vision_tokens, model.config)["vision_token_grids"].tolist()
+    prompt = at_count(asked.inputs, num_vision_tokens, model.config)
+    [grid], [resolution] = prompt["vision_token_grids"].tolist(), seen_resolutions(prompt, model.config)
+    resolution = None if resolution == model.config.image_size else resolution
     options = {**GREEDY, "num_vision_tokens": num_vision_tokens}
     milliseconds = []
     for length in (1, 1, max_new_tokens):
@@ -127,7 +133,7 @@ def answer_at(model, processor, asked: AskedQuestion, num_vision_tokens: int, ma
         output = model.generate(**asked.inputs, **options, max_new_tokens=length, streamer=clock)
         milliseconds.append(1000 * (clock.time - start))
     reply = processor.decode(output[0, asked.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Answer(reply.strip(), tuple(grid), clock.prompt_tokens, statistics.median(milliseconds))
+    return Answer(reply.strip(), tuple(grid), clock.prompt_tokens, statistics.median(milliseconds), resolution)
 
 
 def choose_count(model, asked: AskedQuestion) -> tuple[int, float]:

@@ -3,7 +3,13 @@
 import re
 import reprlib
 
-from ..configuration_tokenflex import NAMED_COUNTS, resolve_named_count, resolve_vision_token_grids
+from ..choices_tokenflex import (
+    NAMED_COUNTS,
+    resolve_named_count,
+    resolve_vision_tokens,
+    sort_choices,
+    split_choice,
+)
 
 
 def parse_num_vision_tokens(text: str | int | list | tuple | None):
@@ -12,8 +18,9 @@ def parse_num_vision_tokens(text: str | int | list | tuple | None):
 
     Args:
         text (`str`, `int`, `list` or `tuple`, *optional*):
-            `"64"`, `"8x12"` (rows x columns), `"low"`, `"high"`, `"auto"`, several of them with commas between, or
-            what is no text: a number, or a list with one entry per image.
+            `"64"`, `"8x12"` (rows x columns), either with a resolution in pixels (`"64@224"`), `"low"`, `"high"`,
+            `"auto"`, several of them with commas between, or what is no text: a number, or a list with one entry per
+            image.
 
     Returns:
         `int`, `tuple[int, int]`, `str`, a list of these or `None`: A count, a grid, a name, or one of them per image.
@@ -34,18 +41,21 @@ def parse_num_vision_tokens(text: str | int | list | tuple | None):
         text = [part.strip() for part in text.split(",")]
     if isinstance(text, list):
         parsed = [None if isinstance(part, list) else parse_num_vision_tokens(part) for part in text]
-        if not any(isinstance(part, (str, list)) or part is None for part in parsed):
+        if not any(part in NAMED_COUNTS or isinstance(part, list) or part is None for part in parsed):
             return parsed
     elif isinstance(text, str):
         if text in NAMED_COUNTS:
+            return text
+        if "@" in text:
+            split_choice(text)
             return text
         if match := re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", text):
             return (int(match[1]), int(match[2])) if match[2] else int(match[1])
     elif text is None or (isinstance(text, (int, tuple)) and not isinstance(text, bool)):
         return text
     raise ValueError(
-        f"`num_vision_tokens`={reprlib.repr(text)}: give a count such as 64, a grid such as 8x12, a list with one of "
-        f"these per image, or one of {', '.join(NAMED_COUNTS)}."
+        f"`num_vision_tokens`={reprlib.repr(text)}: give a count such as 64, a grid such as 8x12, either with a "
+        f"resolution such as 64@224, a list with one of these per image, or one of {', '.join(NAMED_COUNTS)}."
     )
 
 
@@ -74,7 +84,7 @@ class RequestCounts:
         can_choose: bool = True,
     ):
         self.processor = processor
-        self.choices = config.vision_token_choices
+        self.config, self.choices = config, sort_choices(config.vision_token_choices)
         self.can_choose = can_choose and config.vision_token_chooser is not None
         default = processor.num_vision_tokens if num_vision_tokens is None else num_vision_tokens
         self.default = resolve_named_count(parse_num_vision_tokens(default), self.choices)
@@ -104,7 +114,7 @@ class RequestCounts:
             if counts == "auto" and not self.can_choose:
                 raise ValueError(
                     "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex "
-                    f"calibrate` on it, or ask for 'low' ({min(self.choices)}), 'high' ({max(self.choices)}) or any "
+                    f"calibrate` on it, or ask for 'low' ({self.choices[0]}), 'high' ({self.choices[-1]}) or any "
                     "count."
                 )
         # As OpenAI has it, `auto` leaves the choice to the server: to the model if it has learned to choose.
@@ -118,5 +128,5 @@ class RequestCounts:
         if details and counts != "auto":
             matches = self.processor.match_aspect_ratio if match_aspect_ratio is None else match_aspect_ratio
             sizes = [(1, 1)] * len(details) if matches else None
-            resolve_vision_token_grids(counts, len(details), self.processor.patch_grid, image_shapes=sizes)
+            resolve_vision_tokens(counts, len(details), self.config, image_shapes=sizes)
         return counts

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from ..configuration_tokenflex import NAMED_COUNTS
+from ..choices_tokenflex import NAMED_COUNTS
 from ..data.images import ImageError, decode_upload, fetch
 
 

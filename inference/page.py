@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
-from ..configuration_tokenflex import resolve_vision_token_grid
+from ..choices_tokenflex import count_tokens, resolve_vision_token_grid, sort_choices
 from ..data.images import FORMATS, ImageError, decode_upload
 from ..data.synthetic import COLORS, draw_scene
 from ..processing_tokenflex import read_image
@@ -62,7 +62,7 @@ def read_upload(file: dict | None) -> Image.Image:
         raise ValueError(f"Choose another image: {error}.") from None
 
 
-def counts_to_show(chosen: int, choices: Sequence[int]) -> dict[int, list[str]]:
+def counts_to_show(chosen: int | str, choices: Sequence[int | str]) -> dict[int | str, list[str]]:
     """
     The counts that stand side by side, rising, and why each does.
 
@@ -76,10 +76,10 @@ def counts_to_show(chosen: int, choices: Sequence[int]) -> dict[int, list[str]]:
     ```
     """
     roles = {}
-    named = [(chosen, "chosen"), (min(choices), "smallest trained"), (max(choices), "largest trained")]
-    for count, role in sorted(named, key=lambda pair: pair[0]):
+    smallest, *_, largest = sort_choices([*choices, *choices])
+    for count, role in ((chosen, "chosen"), (smallest, "smallest trained"), (largest, "largest trained")):
         roles.setdefault(count, []).append(role)
-    return roles
+    return {count: roles[count] for count in sort_choices(roles)}
 
 
 def synthetic_examples(processor) -> list[tuple[Image.Image, str]]:
@@ -124,7 +124,7 @@ def build_page(model, processor, examples: Sequence[tuple] | None = None) -> gr.
     Returns:
         `gradio.Blocks`: To be launched.
     """
-    patch_grid, choices = model.config.patch_grid, sorted(model.config.vision_token_choices)
+    patch_grid, choices = model.config.patch_grid, sort_choices(model.config.vision_token_choices)
     examples = synthetic_examples(processor) if examples is None else examples
 
     def name_count(side: int) -> dict:
@@ -161,7 +161,7 @@ def build_page(model, processor, examples: Sequence[tuple] | None = None) -> gr.
                     elem_id="image",
                 )
                 question = gr.Textbox(label="Question", placeholder="What do you want to know?", elem_id="question")
-                middle, _ = resolve_vision_token_grid(choices[len(choices) // 2], patch_grid)
+                middle = min(math.isqrt(count_tokens(choices[len(choices) // 2])), *patch_grid)
                 side = gr.Slider(
                     1,
                     min(patch_grid),

@@ -128,7 +128,7 @@ def translate(body: dict, path: str, counts: RequestCounts, max_images: int) -> 
     if asked == "auto":
         raise ValueError(
             "`num_vision_tokens`='auto' needs `tokenflex serve` without an engine: in vLLM no model chooses a count. "
-            f"Ask for 'low' ({min(counts.choices)}), 'high' ({max(counts.choices)}) or any count."
+            f"Ask for 'low' ({counts.choices[0]}), 'high' ({counts.choices[-1]}) or any count."
         )
     resolved = counts.resolve(asked, details, options.get("match_aspect_ratio"))
     if details:

@@ -1,6 +1,5 @@
 """TokenFLEX inside vLLM: its Transformers backend, with a vision-token count for each image of a request."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdateDetails
 
-from ..configuration_tokenflex import resolve_named_count
+from ..choices_tokenflex import count_tokens, resolve_named_count, sort_choices
 from ..processing_tokenflex import read_image
 from .counts import parse_num_vision_tokens
 
@@ -38,11 +37,6 @@ def options_of(index: int, options: Mapping[str, object]) -> dict:
     return {**options, **{name: options[name][index] for name in lists_in(options)}}
 
 
-def tokens_of(count: int | tuple[int, int]) -> int:
-    """The number of tokens of a count or grid."""
-    return math.prod(count) if isinstance(count, tuple) else count
-
-
 class TokenFlexProcessingInfo(MultiModalProcessingInfo):
     """What vLLM asks about images before it has any."""
 
@@ -51,10 +45,11 @@ class TokenFlexProcessingInfo(MultiModalProcessingInfo):
         return super().get_hf_processor()
 
     @cached_property
-    def largest_count(self) -> int | tuple[int, int]:
+    def largest_count(self) -> int | tuple[int, int] | str:
         """The count that memory is reserved for: the largest trained, or the engine's own if that is larger."""
-        trained, own = max(self.get_hf_config().vision_token_choices), self.get_hf_processor().num_vision_tokens
-        return own if tokens_of(own) > trained else trained
+        return sort_choices([self.get_hf_processor().num_vision_tokens, *self.get_hf_config().vision_token_choices])[
+            -1
+        ]
 
     @cached_property
     def largest_size(self) -> ImageSize:
@@ -180,6 +175,8 @@ class TokenFlexMultiModalProcessor(MultiModalProcessor):
 
     def _get_num_image_patches(self, hf_inputs, mm_data, num_images: int) -> torch.Tensor:
         hf_inputs.pop("image_shapes", None)  # no argument of the tower's
+        # Images of several requests are joined, so that each has one: (0, 0) is the one that goes with the count.
+        hf_inputs.setdefault("image_resolutions", torch.zeros_like(torch.as_tensor(hf_inputs["vision_token_grids"])))
         return torch.as_tensor(hf_inputs.pop("num_tiles", [1] * num_images))
 
 
@@ -196,7 +193,7 @@ class TokenFlexForConditionalGeneration(MultiModalMixin, CausalMixin):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
         budget = vllm_config.scheduler_config.max_num_batched_tokens
-        self.rows_at_once = max(1, budget // tokens_of(info.largest_count))
+        self.rows_at_once = max(1, budget // count_tokens(info.largest_count))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)

@@ -8,7 +8,7 @@ from torch import nn
 from ..configuration_tokenflex import TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
-from ..projector_tokenflex import TokenFlexProjector
+from ..vision_tokenflex import TokenFlexProjector
 
 
 def use_gelu(model: TokenFlexForConditionalGeneration, seed: int, inner: int | None = None) -> None:

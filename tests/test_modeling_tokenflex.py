@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel, pooling_weights
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
-from tokenflex.projector_tokenflex import average_pool, pixel_unshuffle
 from tokenflex.towers.tiny import tiny_model_and_processor
+from tokenflex.vision_tokenflex import average_pool, pixel_unshuffle
 
 
 IMAGES = [draw_scene(7, index).image for index in range(6)]

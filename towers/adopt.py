@@ -16,6 +16,7 @@ from transformers import (
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import ADOPTED, add_stage, public_names
+from ..choices_tokenflex import parse_choice
 from ..configuration_tokenflex import TokenFlexConfig, count_prefix_tokens
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
@@ -28,8 +29,8 @@ from .pretrained import IMAGE_OPTIONS, load_images_processor, quiet_loading, rea
 def adopt_model(
     model: str | Path,
     *,
-    num_vision_tokens: int | None = None,
-    vision_token_choices: list[int] | None = None,
+    num_vision_tokens: int | str | None = None,
+    vision_token_choices: list[int | str] | None = None,
     vision_token_weights: list[float] | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor, Identity]:
@@ -46,9 +47,9 @@ def adopt_model(
     Args:
         model (`str` or `Path`):
             Hub id or folder of the model and its processor.
-        num_vision_tokens (`int`, *optional*):
+        num_vision_tokens (`int` or `str`, *optional*):
             The vision-token count per image when none is asked for. Defaults to the model's own.
-        vision_token_choices (`list[int]`, *optional*):
+        vision_token_choices (`list[int | str]`, *optional*):
             The counts that tuning draws from. Default to about a quarter, 9/16 and all of the model's own count.
         vision_token_weights (`list[float]`, *optional*):
             One weight per choice; given together with the choices.
@@ -260,10 +261,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help="Hub id or folder of the model.")
     parser.add_argument("--output_dir", required=True, help="Folder for the checkpoint.")
-    parser.add_argument("--num_vision_tokens", type=int, help="Default count. Default: the model's own.")
+    parser.add_argument("--num_vision_tokens", type=parse_choice, help="Default count. Default: the model's own.")
     parser.add_argument(
         "--vision_token_choices",
-        type=int,
+        type=parse_choice,
         nargs="+",
         help="Counts that tuning draws from. Default: about a quarter, 9/16 and all of the model's own count.",
     )

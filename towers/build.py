@@ -11,6 +11,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import add_stage, public_names
+from ..choices_tokenflex import parse_choice, sort_choices
 from ..configuration_tokenflex import TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
 from ..processing_tokenflex import TokenFlexProcessor
@@ -35,8 +36,8 @@ def build_from_towers(
     vision_tower: str | Path,
     language_model: str | Path,
     *,
-    num_vision_tokens: int | None = None,
-    vision_token_choices: list[int] | None = None,
+    num_vision_tokens: int | str | None = None,
+    vision_token_choices: list[int | str] | None = None,
     vision_token_weights: list[float] | None = None,
     vision_feature_layer: int = -1,
     num_prefix_tokens: int | None = None,
@@ -63,9 +64,9 @@ def build_from_towers(
             Hub id or folder of the language model and its tokenizer. The tokenizer's image token, else
             `<|image_pad|>`, becomes the placeholder and is added where it is missing; without a chat template, so are
             the tokens of ChatML.
-        num_vision_tokens (`int`, *optional*, defaults to the largest choice):
+        num_vision_tokens (`int` or `str`, *optional*, defaults to the largest choice):
             The vision-token count per image when none is asked for.
-        vision_token_choices (`list[int]`, *optional*):
+        vision_token_choices (`list[int | str]`, *optional*):
             The counts that training draws from. Default to [`default_vision_tokens`] of the patch grid.
         vision_token_weights (`list[float]`, *optional*):
             One weight per choice; given together with the choices.
@@ -124,7 +125,7 @@ def build_from_towers(
         vision_token_choices, vision_token_weights = default_vision_tokens(patch_grid)
         logger.info(f"`vision_token_choices` for the patch grid {patch_grid}: {vision_token_choices}")
     if num_vision_tokens is None:
-        num_vision_tokens = max(vision_token_choices or [1])
+        num_vision_tokens = sort_choices(vision_token_choices or [1])[-1]
     config = TokenFlexConfig(
         **parts,
         num_vision_tokens=num_vision_tokens,
@@ -277,10 +278,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vision_tower", required=True, help="Hub id or folder of the vision tower.")
     parser.add_argument("--language_model", required=True, help="Hub id or folder of the language model.")
     parser.add_argument("--output_dir", required=True, help="Folder for the checkpoint.")
-    parser.add_argument("--num_vision_tokens", type=int, help="Default count. Default: the largest choice.")
+    parser.add_argument("--num_vision_tokens", type=parse_choice, help="Default count. Default: the largest choice.")
     parser.add_argument(
         "--vision_token_choices",
-        type=int,
+        type=parse_choice,
         nargs="+",
         help="Counts that training draws from. Default: 64 144 256, or smaller ones on a patch grid below 16 x 16.",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from transformers import TrainingArguments
 
+from ..choices_tokenflex import parse_choice
 from .schemes import SCHEMES
 
 
@@ -39,9 +40,12 @@ class ModelArguments:
             "help": "`sdpa`, `eager`, `flex_attention` or a flash attention that is installed. Default: transformers'."
         },
     )
-    vision_token_choices: list[int] | None = field(
+    vision_token_choices: list[str] | None = field(
         default=None,
-        metadata={"help": "Vision-token counts to draw from, in tokens per image. Default: the model config's."},
+        metadata={
+            "help": "Vision-token counts to draw from, in tokens per image, such as 64, or 64@224 for images that the "
+            "vision tower sees at 224 pixels. Default: the model config's."
+        },
     )
     vision_token_weights: list[float] | None = field(
         default=None,
@@ -61,6 +65,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "QLoRA: keep the language model in 4 bits under the adapters. Needs bitsandbytes."},
     )
+
+    def __post_init__(self):
+        if self.vision_token_choices is not None:
+            self.vision_token_choices = [parse_choice(choice) for choice in self.vision_token_choices]
 
 
 @dataclass

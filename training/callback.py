@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from ..choices_tokenflex import count_tokens, sort_choices
 from ..data.examples import QUESTIONS
 from .schemes import NESTED, nested_loss
 
@@ -96,9 +97,22 @@ class VisionTokenCallback(TrainerCallback):
         collator.vision_token_weights = list(config.vision_token_weights if weights is None else weights)
         collator.seed = args.seed if seed is None else seed
         collator.check_distillation()
+        self._check_resolutions(config)
         if collator.distillation_from_base:
             self._check_base(model)
         self.args = args
+
+    def _check_resolutions(self, config):
+        collator, choices = self.collator, self.collator.vision_token_choices
+        sizes = config.resolutions_for(choices, "vision_token_choices")
+        if len(sizes) == 1 or collator.scheme == "batch":
+            return
+        if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`scheme`={collator.scheme!r} with `vision_token_choices`={choices} under FSDP or DeepSpeed: the "
+                "vision tower runs once for each resolution that a batch holds, and processes that share weights have "
+                "to do alike. Use the scheme 'batch', the strategy `ddp`, or a single resolution."
+            )
 
     def _check_base(self, model):
         if not is_peft_model(model):
@@ -172,7 +186,8 @@ class VisionTokenCallback(TrainerCallback):
         self._remove_hook(model)
         drawn = sum(self.histogram.values())
         if drawn and state.is_world_process_zero:
-            shares = (f"{count}: {times} ({times / drawn:.1%})" for count, times in sorted(self.histogram.items()))
+            times = {choice: self.histogram[choice] for choice in sort_choices(self.histogram)}
+            shares = (f"{choice}: {number} ({number / drawn:.1%})" for choice, number in times.items())
             logger.warning(f"Vision-token counts drawn over {state.global_step} steps: {', '.join(shares)}.")
 
     def compute_loss(self, outputs, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None):
@@ -209,7 +224,7 @@ class VisionTokenCallback(TrainerCallback):
             rows,
             weights,
             num_items_in_batch,
-            teacher=collator.vision_token_choices.index(max(collator.vision_token_choices)),
+            teacher=collator.vision_token_choices.index(collator.largest_choice),
             distillation_weight=collator.distillation_weight if collator.scheme == "distill" else 0.0,
             temperature=collator.distillation_temperature,
             base_logits=base_logits,
@@ -249,7 +264,7 @@ class VisionTokenCallback(TrainerCallback):
             self._refuse_other_losses()
         counts = collator.draw(self.step, self.micro_step, self._samples(self.micro_step, len(kwargs["input_ids"])))
         self.micro_step += 1
-        self.drawn += counts
+        self.drawn += [count_tokens(choice) for choice in counts]
         self.histogram.update(counts)
         language_model = model.get_decoder()
         one_row = "flash" in (language_model.config._attn_implementation or "")

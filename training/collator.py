@@ -6,7 +6,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from ..configuration_tokenflex import check_vision_token_weights, resolve_vision_token_grid
+from ..choices_tokenflex import check_vision_token_weights, resolve_vision_tokens, sort_choices
 from ..data.encoding import EncodedRow, encode_row, measure_row
 from ..data.examples import Example
 from ..data.placing import place_images
@@ -33,8 +33,9 @@ class TokenFlexDataCollator:
     Args:
         processor ([`TokenFlexProcessor`]):
             The model's processor.
-        vision_token_choices (`Sequence[int]`, *optional*):
-            The counts to draw from. Defaults to the model config's.
+        vision_token_choices (`Sequence[int | str]`, *optional*):
+            The counts to draw from, each also with a resolution, such as `"64@224"`, at which the vision tower then
+            sees the images. Defaults to the model config's.
         vision_token_weights (`Sequence[float]`, *optional*):
             One weight per count. Defaults to the model config's.
         seed (`int`, *optional*):
@@ -83,7 +84,7 @@ class TokenFlexDataCollator:
     def __init__(
         self,
         processor,
-        vision_token_choices: Sequence[int] | None = None,
+        vision_token_choices: Sequence[int | str] | None = None,
         vision_token_weights: Sequence[float] | None = None,
         seed: int | None = None,
         scheme: str = "batch",
@@ -103,8 +104,8 @@ class TokenFlexDataCollator:
                 "`AutoProcessor.from_pretrained` loads it."
             )
         if vision_token_choices is not None:
-            for i, count in enumerate(vision_token_choices):
-                resolve_vision_token_grid(count, processor.patch_grid, f"vision_token_choices[{i}]")
+            choices = list(vision_token_choices)
+            resolve_vision_tokens(choices, len(choices), processor, "vision_token_choices")
             check_vision_token_weights(vision_token_choices, vision_token_weights)
         if scheme not in SCHEMES:
             raise ValueError(f"`scheme`={scheme!r}: the schemes are {', '.join(SCHEMES)}.")
@@ -137,7 +138,7 @@ class TokenFlexDataCollator:
         cls,
         processor,
         args,
-        vision_token_choices: Sequence[int] | None = None,
+        vision_token_choices: Sequence[int | str] | None = None,
         vision_token_weights: Sequence[float] | None = None,
         max_length: int | None = None,
     ) -> "TokenFlexDataCollator":
@@ -147,7 +148,7 @@ class TokenFlexDataCollator:
         Args:
             processor ([`TokenFlexProcessor`]): The model's processor.
             args ([`TokenFlexTrainingArguments`]): Where scheme, packing, distillation and seed stand.
-            vision_token_choices (`Sequence[int]`, *optional*): The counts to draw from. Defaults to the model
+            vision_token_choices (`Sequence[int | str]`, *optional*): The counts to draw from. Defaults to the model
                 config's.
             vision_token_weights (`Sequence[float]`, *optional*): One weight per choice.
             max_length (`int`, *optional*): The longest sample in tokens, to which longer ones are cut.
@@ -203,18 +204,22 @@ class TokenFlexDataCollator:
                 "model's config, or pass `vision_token_choices` and `vision_token_weights`."
             )
         encoded = [
-            encode_row(row, self.processor, None, max(self.vision_token_choices), self.max_length, truncate=True)
-            for row in rows
+            encode_row(row, self.processor, None, self.largest_choice, self.max_length, truncate=True) for row in rows
         ]
         batch = self._pad(encoded)
         images = [image for row in encoded for image in row.example.images]
         if images:
             batch = place_images(batch, self.processor(images=images, return_tensors="pt"), self.processor)
-            batch = self.recount(batch, max(self.vision_token_choices))
+            batch = self.recount(batch, self.largest_choice)
         skipped = sum(row.example.skipped for row in encoded)
         truncated = sum(row.is_cut for row in encoded)
         counted = {"num_skipped_rows": skipped, "num_truncated_rows": truncated}
         return {**batch, **{name: torch.tensor([number]) for name, number in counted.items() if number}}
+
+    @property
+    def largest_choice(self) -> int | str:
+        """`int` or `str`: The choice with the most tokens, of those the one with the highest resolution."""
+        return sort_choices(self.vision_token_choices)[-1]
 
     def check_distillation(self) -> None:
         """
@@ -223,8 +228,8 @@ class TokenFlexDataCollator:
         """
         if self.scheme != "distill" or self.vision_token_choices is None:
             return
-        largest = max(self.vision_token_choices)
-        if not any(w for n, w in zip(self.vision_token_choices, self.vision_token_weights) if n != largest):
+        choices = zip(self.vision_token_choices, self.vision_token_weights)
+        if not any(weight for choice, weight in choices if choice != self.largest_choice):
             raise ValueError(
                 f"`scheme`='distill' with `vision_token_choices`={list(self.vision_token_choices)} and "
                 f"`vision_token_weights`={list(self.vision_token_weights)}: a smaller count with a weight above 0 has "
@@ -239,9 +244,9 @@ class TokenFlexDataCollator:
         Args:
             row (`dict` or `Example`): A row as [`to_example`] takes or returns it.
         """
-        return measure_row(encode_row(row, self.processor), self.processor, max(self.vision_token_choices))
+        return measure_row(encode_row(row, self.processor), self.processor, self.largest_choice)
 
-    def draw(self, step: int, micro_step: int = 0, samples: Sequence[int] = (0,)) -> list[int]:
+    def draw(self, step: int, micro_step: int = 0, samples: Sequence[int] = (0,)) -> list[int | str]:
         """
         The counts that a micro-batch trains at.
 
@@ -251,7 +256,7 @@ class TokenFlexDataCollator:
             samples (`Sequence[int]`, *optional*): The micro-batch's samples, counted within the step.
 
         Returns:
-            `list[int]`: One count; with `scheme="sample"` one for each sample, nested all counts.
+            `list[int | str]`: One choice; with `scheme="sample"` one for each sample, nested all choices.
         """
         place = (self.vision_token_choices, self.vision_token_weights, self.seed or 0, step)
         if self.scheme == "sample":
@@ -261,14 +266,14 @@ class TokenFlexDataCollator:
         return list(self.vision_token_choices)
 
     def arrange(
-        self, batch: dict[str, torch.Tensor], counts: list[int], one_row: bool = False
+        self, batch: dict[str, torch.Tensor], counts: list[int | str], one_row: bool = False
     ) -> tuple[dict[str, torch.Tensor], torch.LongTensor | None]:
         """
         Makes of a batch at the largest count what a step trains on.
 
         Args:
             batch (`dict[str, torch.Tensor]`): A batch as [`~TokenFlexDataCollator.collate`] returns it.
-            counts (`list[int]`): The counts that [`~TokenFlexDataCollator.draw`] returned.
+            counts (`list[int | str]`): The choices that [`~TokenFlexDataCollator.draw`] returned.
             one_row (`bool`, *optional*, defaults to `False`): Pack in the form that flash attention takes.
 
         Returns:
@@ -291,13 +296,13 @@ class TokenFlexDataCollator:
         batch, rows = pack_rows(batch, processor.image_token_id, pad_token_id, one_row)
         return batch, rows if nested else None
 
-    def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int | list[int]) -> dict[str, torch.Tensor]:
+    def recount(self, batch: dict[str, torch.Tensor], num_vision_tokens: int | str | list) -> dict[str, torch.Tensor]:
         """
         The batch with every image at `num_vision_tokens`, or a list with one count per tile.
 
         Args:
             batch (`dict[str, torch.Tensor]`): A batch with images, at any count.
-            num_vision_tokens (`int` or `list[int]`): The count for all images, or one per tile.
+            num_vision_tokens (`int`, `str` or a list): The choice for all images, or one per tile.
         """
         return at_count(batch, num_vision_tokens, self.processor, self.processor.tokenizer.pad_token_id)
 

@@ -84,6 +84,9 @@ def stack_rows(batches: Sequence[dict[str, torch.Tensor]], pad_token_id: int | N
                 torch.nn.functional.pad(batch[key], (0, length - batch[key].shape[1]), value=fill) for batch in batches
             ])  # fmt: skip
     stacked["vision_token_grids"] = torch.cat([batch["vision_token_grids"] for batch in batches])
+    if any("image_resolutions" in batch for batch in batches):
+        of_counts = torch.zeros_like(batches[0]["vision_token_grids"])
+        stacked["image_resolutions"] = torch.cat([batch.get("image_resolutions", of_counts) for batch in batches])
     grids = batches[0]["vision_token_grids"]
     stacked["image_indices"] = torch.arange(len(grids), device=grids.device).repeat(len(batches))
     return stacked
@@ -161,7 +164,9 @@ def pack_rows(
         for image, row in enumerate((first // length).tolist()):
             of_row[row].append(image)
         appearances = torch.tensor([image for row in order for image in of_row[row]], device=device)
-        packed["vision_token_grids"] = batch["vision_token_grids"][appearances]
+        for key in ("vision_token_grids", "image_resolutions"):
+            if batch.get(key) is not None:
+                packed[key] = batch[key][appearances]
         images = batch.get("image_indices")
         packed["image_indices"] = appearances if images is None else images[appearances]
     return packed, moved(source // length, -1)

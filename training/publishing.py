@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..checkpoints.files import PROVENANCE_NAME, write_file
 from ..checkpoints.provenance import add_stage, read_provenance
+from ..choices_tokenflex import sort_choices
 from ..hub.card import slugify
 from ..hub.push import push_checkpoint
 
@@ -146,7 +147,7 @@ class PublishingMixin:
                 model.eval(),
                 self.processing_class,
                 rows,
-                sorted(self.data_collator.vision_token_choices),
+                sort_choices(self.data_collator.vision_token_choices),
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=self.args.eval_max_new_tokens,
                 show_progress=False,

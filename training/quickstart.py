@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import add_stage, read_provenance
+from ..choices_tokenflex import resolve_named_count
 from ..data.synthetic import SyntheticVQA, draw_scene
 from ..evaluation import evaluate, save_report
 from ..evaluation.report import markdown_table
@@ -167,5 +168,6 @@ def _try_out(checkpoint: Path, output_dir: Path) -> None:
     scene.image.save(image_file)
     _say(f"Loaded {checkpoint} through AutoProcessor and AutoModelForImageTextToText.")
     _say(f"{image_file}: {question} (it is {expected})")
-    for count in (min(model.config.vision_token_choices), max(model.config.vision_token_choices)):
+    for name in ("low", "high"):
+        count = resolve_named_count(name, model.config.vision_token_choices)
         _say(f"  {count:>2} vision tokens: {answer(model, processor, scene.image, question, count)}")

@@ -5,23 +5,23 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..configuration_tokenflex import check_vision_token_weights
+from ..choices_tokenflex import check_vision_token_weights
 
 
 def draw_num_vision_tokens(
-    choices: Sequence[int],
+    choices: Sequence[int | str],
     weights: Sequence[float],
     seed: int,
     step: int,
     micro_step: int = 0,
     sample: int | None = None,
-) -> int:
+) -> int | str:
     """
     Draws the vision-token count of one micro-batch (paper, claim "draws the token count at random per step"). There is
     no state: every rank and every resumed run draws the same, whatever else was drawn before.
 
     Args:
-        choices (`Sequence[int]`): The counts to draw from.
+        choices (`Sequence[int | str]`): The counts to draw from, also with resolutions (`"64@224"`).
         weights (`Sequence[float]`): One weight per count; they need not sum to one.
         seed (`int`): The run's seed.
         step (`int`): The optimizer step, counted from 0.
@@ -31,7 +31,7 @@ def draw_num_vision_tokens(
             however the step is divided; `micro_step` then has no say.
 
     Returns:
-        `int`: One of `choices`.
+        `int` or `str`: One of `choices`.
 
     Raises:
         ValueError: If weights do not fit the choices.

@@ -146,7 +146,7 @@ def train(
         choices, weights = list(model.config.vision_token_choices), list(model.config.vision_token_weights)
     max_length = data_args.max_length if data_args.on_long_row == "truncate" else None
     collator = TokenFlexDataCollator.from_arguments(processor, args, choices, weights, max_length)
-    rows = load_rows(data_args, processor, max(choices), args.seed, endless=True)
+    rows = load_rows(data_args, processor, collator.largest_choice, args.seed, endless=True)
     eval_rows = None
     if eval_args.eval_dataset is not None:
         sources = SourceArguments([eval_args.eval_dataset], eval_args.eval_dataset_split, data_args.image_folder)

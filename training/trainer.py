@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from ..choices_tokenflex import sort_choices
 from ..evaluation.sweep import predict, score
 from .arguments import TokenFlexTrainingArguments
 from .collator import TokenFlexDataCollator
@@ -278,7 +279,7 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
             means = [metrics[f"{metric_key_prefix}_{name}_accuracy"] for name in rows]
             return {**metrics, f"{metric_key_prefix}_accuracy": sum(means) / len(means)}
         start = time.perf_counter()
-        counts = sorted(self.data_collator.vision_token_choices)
+        counts = sort_choices(self.data_collator.vision_token_choices)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         share = range(len(rows)) if is_sharded else range(self.args.process_index, len(rows), self.args.world_size)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -175,7 +175,7 @@ def test_projector_work_is_that_of_pooling_and_swiglu(count):
     grid = count if isinstance(count, tuple) else (int(count**0.5),) * 2
     features = torch.rand(3, 16, 24)
     work = projector_work(config, 3, count, bytes_per_value=2)
-    assert work.flops == count_flops(lambda: projector(features, [grid] * 3, (4, 4)))
+    assert work.flops == count_flops(lambda: projector(features, [grid] * 3, [(4, 4)] * 3))
     num_tokens = 3 * grid[0] * grid[1]
     assert work.bytes == 2 * (num_values(projector) + features.numel() + num_tokens * 32)
 

@@ -103,6 +103,9 @@ CASES = {
     "these, exchanged": ([B, A], {"num_vision_tokens": [16, 4]}),
     "the same image at two": ([A, A], {"num_vision_tokens": [16, 4]}),
     "a count and a grid": ([A, B, C], {"num_vision_tokens": [36, (3, 2), 1]}),
+    "a pair": ([A], {"num_vision_tokens": "16@48"}),
+    "a pair by arguments": ([A], {"num_vision_tokens": 4, "image_size": 32}),
+    "a pair for each image": ([A, B, A], {"num_vision_tokens": [16, "4@32", "4@48"]}),
     "16 bits": ([Image.fromarray(np.asarray(A.convert("L")).astype(np.uint16) * 256)], {"num_vision_tokens": 16}),
     "by shape": ([WIDE], {"num_vision_tokens": 20, "match_aspect_ratio": True}),
     "by shapes": ([WIDE, TALL], {"num_vision_tokens": [20, 7], "match_aspect_ratio": True}),
@@ -157,6 +160,7 @@ def test_count_of_an_image_changes(engine, reference, compared, label):
     ("images", "options", "message"),
     [
         ([A], {"num_vision_tokens": 5}, "`num_vision_tokens`=5"),
+        ([A], {"num_vision_tokens": "16@20"}, "`image_size`=20"),
         ([A], {"num_vision_tokens": [16, 4]}, "lists 2 entries for 1 images"),
         ([A], {"num_vision_tokens": "auto"}, "needs `tokenflex serve`"),
         ([A], {"num_vision_tokens": "lots"}, "`num_vision_tokens`='lots'"),

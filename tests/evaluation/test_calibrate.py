@@ -59,7 +59,7 @@ def test_a_lossless_choice_is_found_where_the_hidden_states_tell():
     fresh, fresh_needs = made_up(seed=7)
     padded = torch.cat([fresh.hidden_states, torch.zeros(len(fresh.right), 20)], dim=-1)
     chances = model.model.vision_token_chooser(padded)
-    point = trace(chances, fresh, [model.config.vision_token_chooser["tolerance"]])[0]
+    point = trace(chances, fresh, [1, 2, 3], [model.config.vision_token_chooser["tolerance"]])[0]
     assert point.accuracy == pytest.approx(report["point"]["accuracy"], abs=0.03)
     assert point.vision_tokens == pytest.approx(report["point"]["vision_tokens"], abs=2)
     assert point.total_vision_tokens == point.vision_tokens + 4

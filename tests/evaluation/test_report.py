@@ -100,3 +100,20 @@ def test_plot_is_an_image(families, times):
 def test_report_read_back_from_json_gives_the_same_table():
     assert markdown_table(json.loads(json.dumps(report()))) == markdown_table(report())
     assert plot_png(json.loads(json.dumps(report())), "a title").startswith(b"\x89PNG")
+
+
+def test_pairs_of_counts_and_resolutions_have_rows_and_a_plot():
+    choices = ["4@32", 16, "16@48"]
+    predictions = [
+        Prediction(i, "color" if i % 2 else "count", "q", "red", dict.fromkeys([*choices, "auto"], "red"))
+        for i in range(4)
+    ]
+    scores = score(predictions, [*choices, "auto"])
+    scores["vision_tokens"] = {"4@32": 4, 16: 16, "16@48": 16, "auto": 9.5}
+    scores["gflops_to_first_token"] = {"4@32": 0.031, 16: 0.1, "16@48": 0.062}
+    scores["milliseconds_to_first_token"] = {"4@32": 1.0, 16: 3.0, "16@48": 2.0, "auto": 2.5}
+    table = cells(markdown_table(scores))
+    assert [row[0] for row in table[1:5]] == ["4@32", "16", "16@48", "auto (9.5 read)"]
+    assert [row[table[0].index("GFLOP to first token")] for row in table[1:5]] == ["0.031", "0.1", "0.062", ""]
+    with Image.open(io.BytesIO(plot_png(scores, "pairs"))) as image:
+        assert image.width > image.height

@@ -128,9 +128,7 @@ def test_what_cannot_be_chosen_is_refused(chooser, tiny):
     inputs = encode(tiny[1], [0])
     with pytest.raises(ValueError, match="Run `tokenflex calibrate` on it, or ask for 'low' .4., 'high' .36."):
         tiny[0].generate(**inputs, num_vision_tokens="auto")
-    with pytest.raises(
-        ValueError, match="`num_vision_tokens`='medium': give a count, a grid, or one of low, high, auto"
-    ):
+    with pytest.raises(ValueError, match="`num_vision_tokens`='medium': give a number, .* or one of low, high, auto"):
         tiny[0].generate(**inputs, num_vision_tokens="medium")
     model = chooser[0]
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)

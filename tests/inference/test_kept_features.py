@@ -15,11 +15,15 @@ class Tower:
     def __init__(self):
         self.runs, self.is_broken = [], False
 
-    def get_image_features(self, pixel_values, num_vision_tokens, return_dict):
+    def get_image_features(self, pixel_values, num_vision_tokens, image_size, return_dict):
         if self.is_broken:
             raise RuntimeError("out of memory")
         self.runs.append(len(pixel_values))
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values.flatten(2))
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values[..., : image_size[1]].flatten(2))
+
+
+def encode(kept, images, sizes=None):
+    return kept.encode(images, sizes or [tuple(images.shape[2:])] * len(images)).last_hidden_state
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def test_kept_features_answer_as_the_image_does_at_every_count():
     for question in ("which color?", "how tall?"):
         text = [f"{processor.image_token} {question}"] * 2
         inputs = processor(images=scenes, text=text, num_vision_tokens=16, return_tensors="pt")
-        features = BaseModelOutputWithPooling(last_hidden_state=kept.encode(inputs["pixel_values"]))
+        features = kept.encode(inputs["pixel_values"], [(64, 64)] * 2)
         assert runs == [2]
         for count in (4, 36):
             options = {"num_vision_tokens": count, "max_new_tokens": 4, "do_sample": False}
@@ -48,9 +52,9 @@ def test_kept_features_answer_as_the_image_does_at_every_count():
 
 def test_only_new_images_are_encoded_each_once(images):
     kept = KeptFeatures(tower := Tower(), max_images=2)
-    kept.encode(images[:1])
+    encode(kept, images[:1])
     batch = images[[2, 0, 2, 1]]
-    assert torch.equal(kept.encode(batch), batch.flatten(2))
+    assert torch.equal(encode(kept, batch), batch.flatten(2))
     assert tower.runs == [1, 2]
     assert len(kept) == 2
 
@@ -58,9 +62,9 @@ def test_only_new_images_are_encoded_each_once(images):
 def test_the_longest_unused_give_way(images):
     kept = KeptFeatures(tower := Tower(), max_images=2)
     for index in (0, 1, 0, 2, 0):
-        kept.encode(images[[index]])
+        encode(kept, images[[index]])
     assert tower.runs == [1, 1, 1]
-    kept.encode(images[[1]])
+    encode(kept, images[[1]])
     assert tower.runs == [1, 1, 1, 1]
 
 
@@ -71,17 +75,17 @@ def test_content_decides_in_any_dtype(images, dtype):
     nearly = images.clone()
     nearly[1, 0, 0, 0] += 0.5
     for batch in (images, images.flip(0).clone(), nearly, images.transpose(2, 3), images[:, :, :2]):
-        assert torch.equal(kept.encode(batch), batch.flatten(2))
+        assert torch.equal(encode(kept, batch), batch.flatten(2))
     assert tower.runs == [3, 1, 3, 3]
 
 
 def test_a_failed_run_forgets_nothing(images):
     kept = KeptFeatures(tower := Tower(), max_images=4)
-    kept.encode(images[:2])
+    encode(kept, images[:2])
     tower.is_broken = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        kept.encode(images)
-    kept.encode(images[:2])
+        encode(kept, images)
+    encode(kept, images[:2])
     assert (tower.runs, len(kept)) == ([2], 2)
 
 
@@ -90,7 +94,7 @@ def test_threads_share_them(images):
 
     def ask(seed):
         order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:4]
-        return torch.equal(kept.encode(images[order]), images[order].flatten(2))
+        return torch.equal(encode(kept, images[order]), images[order].flatten(2))
 
     with ThreadPoolExecutor(6) as threads:
         assert all(threads.map(ask, range(600)))
@@ -101,3 +105,14 @@ def test_threads_share_them(images):
 def test_a_number_of_images_that_cannot_be_kept_is_refused(max_images):
     with pytest.raises(ValueError, match="`max_images`="):
         KeptFeatures(Tower(), max_images)
+
+
+def test_an_image_is_kept_at_each_resolution(images):
+    kept = KeptFeatures(tower := Tower(), max_images=4)
+    mixed = kept.encode(images[:3], [(4, 4), (4, 2), (4, 4)])
+    assert tower.runs == [2, 1]
+    assert mixed.image_resolutions == [(4, 4), (4, 2), (4, 4)]
+    for image, features, (_, width) in zip(images, mixed.last_hidden_state, mixed.image_resolutions):
+        assert torch.equal(features, image[..., :width].flatten(1))
+    assert torch.equal(encode(kept, images[:2], [(4, 2)] * 2), images[:2, ..., :2].flatten(2))
+    assert (tower.runs, len(kept)) == ([2, 1, 1], 4)

@@ -23,7 +23,7 @@ def test_gelu_mlp_is_as_large_as_the_swiglu_it_replaces():
     features = torch.randn(2, 64, 96)
     mlp = projector.connector
     expected = mlp.down(nn.functional.gelu(mlp.up(features)))
-    torch.testing.assert_close(projector(features, [(8, 8)] * 2, (8, 8)), expected)
+    torch.testing.assert_close(projector(features, [(8, 8)] * 2, [(8, 8)] * 2), expected)
     assert mlp.up.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
 
 

@@ -151,6 +151,14 @@ class Runs:
         except ValueError as error:
             (self.folder / "from-base.error").write_text(str(error))
 
+    def resolutions(self):
+        pairs = {"vision_token_choices": ["4@32", 16, "36@48"], "vision_token_weights": [1.0, 1.0, 1.0]}
+        self.train("pairs", max_steps=6, trainer_options=pairs)
+        try:
+            self.train("pairs-nested", max_steps=3, scheme="nested", trainer_options=pairs)
+        except ValueError as error:
+            (self.folder / "pairs-nested.error").write_text(str(error))
+
     def evaluate(self):
         rows = [SyntheticVQA(5, 4, questions_per_image=1)[i] for i in range(5)]
         for i, given in enumerate(predict(self.model, self.processor, rows, [16], max_new_tokens=4)):

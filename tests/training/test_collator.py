@@ -190,7 +190,11 @@ def test_text_only_rows_can_stand_beside_images(narrow):
             torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
-@given(st.lists(pairs, min_size=1, max_size=3), st.sampled_from([1, 4, 16, 36, 64]), st.sampled_from([1, 9, 36, 64]))
+@given(
+    st.lists(pairs, min_size=1, max_size=3),
+    st.sampled_from([1, 4, "16@48", 36, 64]),
+    st.sampled_from([1, 9, "9@32", "36@48", 64]),
+)
 @few
 def test_recounting_equals_collating_at_that_count(narrow, batch_of, before, after):
     processor = narrow[1]

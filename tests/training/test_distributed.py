@@ -17,9 +17,19 @@ from tokenflex.training import draw_num_vision_tokens
 
 CONFIGS = Path(tokenflex.training.__file__).parent / "accelerate"
 WORKER = Path(__file__).with_name("distributed_worker.py")
-SCENARIOS = ["schemes", "workers", "accumulation", "resume", "freeze", "adapters", "evaluate", "command"]
+SCENARIOS = [
+    "schemes",
+    "workers",
+    "accumulation",
+    "resume",
+    "freeze",
+    "adapters",
+    "resolutions",
+    "evaluate",
+    "command",
+]
 SAME_DATA = ["batch", "sample", "nested", "sample-whole", "sample-split", "batch-whole", "batch-split"]
-SAME_DATA += ["uninterrupted", "tower-frozen", "alignment", "checkpointing", "clip", "evaluated"]
+SAME_DATA += ["uninterrupted", "tower-frozen", "alignment", "checkpointing", "clip", "evaluated", "pairs"]
 
 
 def run(folder, *launcher):
@@ -99,6 +109,13 @@ def test_a_frozen_teacher_teaches_processes_as_one_or_is_refused_where_weights_a
         assert "under FSDP" in (together / "from-base.error").read_text()
     else:
         assert_same_training((alone, "from-base"), (together, "from-base"))
+
+
+def test_all_pairs_in_one_step_train_as_one_or_are_refused_where_weights_are_shared_out(strategy, alone, together):
+    if strategy == "fsdp2":
+        assert "`scheme`='nested' with `vision_token_choices`=" in (together / "pairs-nested.error").read_text()
+    else:
+        assert_same_training((alone, "pairs-nested"), (together, "pairs-nested"))
 
 
 @pytest.mark.parametrize("scheme", ["sample", "batch"])

@@ -6,7 +6,7 @@ from helpers import assert_same_weights
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tokenflex.data.examples import Example
+from tokenflex.data.examples import Example, to_example
 from tokenflex.data.synthetic import SyntheticVQA
 from tokenflex.training import TokenFlexDataCollator
 from tokenflex.training.arguments import TokenFlexTrainingArguments
@@ -16,6 +16,7 @@ from tokenflex.training.trainer import TokenFlexTrainer
 
 
 CHOICES, WEIGHTS = [4, 16, 36], [2, 3, 5]
+PAIRS = ["4@32", "16@48", 36]
 TEXT = Example([], [[{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]])
 
 
@@ -24,10 +25,10 @@ def rows(with_text=True):
     return [drawn[0], *([TEXT] if with_text else []), *[drawn[i] for i in range(1, 5)]]
 
 
-def nested(model, processor, scheme="nested", **options):
+def nested(model, processor, scheme="nested", choices=CHOICES, **options):
     """The loss and gradients that training would have, by way of the collator alone."""
     model = copy.deepcopy(model).train()
-    collator = TokenFlexDataCollator(processor, CHOICES, WEIGHTS, seed=0, scheme=scheme, **options)
+    collator = TokenFlexDataCollator(processor, choices, WEIGHTS, seed=0, scheme=scheme, **options)
     arranged, origin = collator.arrange(collator.collate(rows()), collator.draw(0))
     loss = nested_loss(
         model(**arranged).logits,
@@ -48,12 +49,13 @@ def separate_outputs(model, processor, count, data=None):
     return output.loss, output.logits[:, :-1][batch["labels"][:, 1:] != -100]
 
 
-def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow):
+@pytest.mark.parametrize("choices", [CHOICES, PAIRS])
+def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow, choices):
     model, processor = narrow
-    loss, gradients = nested(model, processor)
+    loss, gradients = nested(model, processor, choices=choices)
     model = copy.deepcopy(model).train()
     expected = sum(
-        weight / 10 * separate_outputs(model, processor, count)[0] for count, weight in zip(CHOICES, WEIGHTS)
+        weight / 10 * separate_outputs(model, processor, count)[0] for count, weight in zip(choices, WEIGHTS)
     )
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
@@ -61,12 +63,13 @@ def test_nested_loss_and_gradients_are_the_weighted_means_of_the_counts(narrow):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_distillation_adds_the_divergence_from_the_largest_count(narrow):
+@pytest.mark.parametrize("choices", [CHOICES, PAIRS])
+def test_distillation_adds_the_divergence_from_the_largest_count(narrow, choices):
     model, processor = narrow
     options = {"distillation_weight": 0.7, "distillation_temperature": 2.0}
-    loss, gradients = nested(model, processor, "distill", **options)
+    loss, gradients = nested(model, processor, "distill", choices, **options)
     model = copy.deepcopy(model).train()
-    outputs = [separate_outputs(model, processor, count) for count in CHOICES]
+    outputs = [separate_outputs(model, processor, count) for count in choices]
     teacher = (outputs[2][1].detach() / 2).softmax(-1)
     expected = sum(weight / 10 * output[0] for output, weight in zip(outputs, WEIGHTS))
     for (_, logits), weight in zip(outputs[:2], WEIGHTS):
@@ -239,3 +242,22 @@ def test_a_trainer_that_computes_another_loss_cannot_nest(narrow, tmp_path, loss
 
     with pytest.raises(ValueError, match="compute_loss_func=collator.callback.compute_loss"):
         fit_plain(narrow, tmp_path, scheme="nested", compute_loss_func=loss, callbacks=[NoStep()])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_samples_at_pairs_of_their_own_have_the_loss_of_each_alone(narrow, packing):
+    model, processor = narrow
+    collator = TokenFlexDataCollator(processor, PAIRS, WEIGHTS, seed=0, scheme="sample", packing=packing)
+    data = [Example(row.images, row.dialogs[:1]) for row in map(to_example, rows(with_text=False))]
+    drawn = collator.draw(3, samples=range(len(data)))
+    assert len(set(drawn)) > 1
+    arranged, _ = collator.arrange(collator.collate(data), drawn)
+    with torch.no_grad():
+        loss, labels = model(**arranged).loss, (arranged["labels"][:, 1:] != -100).sum()
+        total = 0
+        for choice, row in zip(drawn, data):
+            _, logits = separate_outputs(model, processor, choice, [row])
+            batch = TokenFlexDataCollator(processor, [choice], [1]).collate([row])
+            targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
+            total = total + functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, total / labels, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config
 from transformers.masking_utils import create_masks_for_generate
 
-from tokenflex.packing_tokenflex import create_packed_masks, packed_mask_function, packed_position_ids
+from tokenflex.modeling_tokenflex import create_packed_masks, packed_mask_function, packed_position_ids
 
 
 @st.composite

@@ -1,0 +1,170 @@
+"""
+Counts against pairs of a count and a resolution, in small: which answer best within the time to their first token.
+
+For each seed a tiny model is trained twice behind the same tower and base, for as many steps: at drawn counts of whole
+images, and at drawn pairs. Both are asked on images that nothing was trained on; the second learns to choose.
+"""
+
+import json
+import math
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..checkpoints.files import save_checkpoint, write_file
+from ..data.examples import to_example
+from ..data.synthetic import SyntheticVQA
+from ..evaluation.calibrate import calibrate, observe
+from ..evaluation.cost import measure_cost
+from ..evaluation.flops import choosing_flops, count_flops
+from ..evaluation.intervals import mean_over_seeds
+from ..evaluation.metrics import get_metric
+from ..evaluation.sweep import predict
+from ..towers.tiny import tiny_model_and_processor
+from ..training import train
+from ..training.quickstart import train_tower
+from ..training.resume import end_run, has_ended
+
+
+ARMS = {
+    "counts": {4: 0.2, 16: 0.3, 36: 0.5},
+    "pairs": {"4@32": 0.1, "36@48": 0.1, 16: 0.3, 36: 0.5},
+}
+TEST_SEED, CALIBRATION_SEED = 29_001, 28_001  # of images that nothing was trained on
+TRAIN_STEPS = 1200  # behind the small recipes' tower and base
+BATCH_SIZE = 32  # of the prompts whose first tokens are timed
+TRAINING = ["--dataloader_pin_memory", "false", "--report_to", "none", "--disable_tqdm", "true"]
+
+
+def run_seed(seed: int, folder: Path, scale: float = 1.0, num_images: int = 1000) -> dict:
+    """
+    One seed of the experiment, from nothing to its scores. What a former call has finished is used again.
+
+    Args:
+        seed (`int`): The seed of weights, data and draws.
+        folder (`Path`): Folder for everything.
+        scale (`float`, *optional*, defaults to 1.0): Scales the steps of training.
+        num_images (`int`, *optional*, defaults to 1000): The number of images to test on, and to calibrate on.
+
+    Returns:
+        `dict`: For each arm and choice, and `"auto"`, `right` with a 1 or 0 for every question, and `flops` to the
+        first token and `milliseconds` to those of a batch; `families` and
+        `images` of the questions.
+    """
+    folder = folder / str(seed)
+    result = folder / f"result-{scale}-{num_images}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    tower = folder / "tower"
+    if not has_ended(tower, {"scale": scale}):
+        train_tower(*tiny_model_and_processor(seed), tower, seed, scale)
+        end_run(tower, {"scale": scale})
+
+    def trained(recipe: str, start: Path, name: str, *options: str) -> Path:
+        options = ["--output_dir", str(folder / name), "--seed", str(seed), *TRAINING, *options]
+        train.main(["--config", recipe, "--model_name_or_path", str(start), *options])
+        return folder / name / "final"
+
+    base = trained("small/stage1.yaml", tower / "final", "base", "--num_train_epochs", str(scale))
+    steps = ["--max_steps", str(math.ceil(scale * TRAIN_STEPS))]
+    test, rate, right, flops = SyntheticVQA(num_images, TEST_SEED), get_metric("exact_match"), {}, {}
+    for arm, weights in ARMS.items():
+        model, processor = _load(base)
+        model.config.vision_token_choices, model.config.vision_token_weights = list(weights), list(weights.values())
+        save_checkpoint(folder / f"{arm}_untrained", model, processor)
+        model, processor = _load(trained("small/stage2.yaml", folder / f"{arm}_untrained", arm, *steps))
+        choices = list(weights)
+        if arm == "pairs":
+            observations = observe(model, processor, SyntheticVQA(num_images, CALIBRATION_SEED), show_progress=False)
+            calibrate(model, observations)
+            choices.append("auto")
+        answers = predict(model, processor, test, choices, batch_size=128, show_progress=False)
+        for choice in choices:
+            right[f"{arm} {choice}"] = [int(answer.rate(rate, choice)) for answer in answers]
+        if arm == "pairs":
+            costs = choosing_flops(model.config, list(weights), observations.text_tokens)
+            flops["pairs auto"] = sum(costs[answer.chosen] for answer in answers) / len(answers)
+    side, milliseconds = model.config.image_size[0], {}
+    # A count alone would be asked of the last model, whose choices name resolutions for some.
+    whole = {c: c if isinstance(c, str) else f"{c}@{side}" for arm in ARMS.values() for c in arm}
+    images = [to_example(test[i % len(test)]).images[0] for i in range(BATCH_SIZE)]
+    cost = measure_cost(model, processor, images, answers[0].question, [*whole.values(), "auto"])
+    milliseconds["pairs auto"] = cost["milliseconds_to_first_token"]["auto"]
+    for arm, weights in ARMS.items():
+        for choice in weights:
+            milliseconds[f"{arm} {choice}"] = cost["milliseconds_to_first_token"][whole[choice]]
+            flops[f"{arm} {choice}"] = count_flops(model.config, whole[choice], observations.text_tokens).total
+    write_file(
+        result,
+        json.dumps({
+            "seed": seed, "right": right, "flops": flops, "milliseconds": milliseconds,
+            "families": [answer.family for answer in answers], "images": [answer.index for answer in answers],
+        }),
+    )  # fmt: skip
+    return json.loads(result.read_text())
+
+
+def _load(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def table(results: Sequence[Mapping]) -> str:
+    """
+    The scores beside their costs, and for each count the best pair that is no slower, in Markdown.
+
+    Args:
+        results (`Sequence[Mapping]`): What [`run_seed`] returned, for each seed.
+    """
+    families, images = results[0]["families"], results[0]["images"]
+
+    def over_seeds(name: str, minus: str | None = None) -> str:
+        scores = [result["right"][name] for result in results]
+        if minus is not None:
+            scores = [[a - b for a, b in zip(own, result["right"][minus])] for own, result in zip(scores, results)]
+        mean, low, high = (100 * value for value in mean_over_seeds(scores, families, images))
+        sign = "+" if minus else ""
+        return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+    def mean(values) -> float:
+        return sum(values) / len(results)
+
+    def milliseconds(name: str) -> float:
+        return mean(result["milliseconds"][name] for result in results)
+
+    names = list(results[0]["right"])
+    lines = ["| trained at | asked at | accuracy, % | FLOPs | ms |", "|---|---:|---:|---:|---:|"]
+    for name in names:
+        arm, choice = name.split()
+        share = mean(result["flops"][name] / result["flops"]["pairs 36"] for result in results)
+        lines.append(f"| {arm} | {choice} | {over_seeds(name)} | {share:.0%} | {milliseconds(name):.1f} |")
+    lines += ["", "| count | pair | accuracy, points | ms |", "|---:|---:|---:|---:|"]
+    for name in names:
+        if name.startswith("counts"):
+            pairs = [n for n in names if n.startswith("pairs") and milliseconds(n) <= 1.02 * milliseconds(name)]
+            best = max(pairs, key=lambda n: mean(sum(result["right"][n]) for result in results))
+            change = f"{milliseconds(best) - milliseconds(name):+.1f}"
+            lines.append(f"| {name.split()[1]} | {best.split()[1]} | {over_seeds(best, name)} | {change} |")
+    lines += ["", f"`auto` against the largest pair: {over_seeds('pairs auto', 'pairs 36')} points."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m tokenflex.research.resolutions", description=__doc__.strip().split("\n")[0]
+    )
+    parser.add_argument("--output_dir", default="outputs/resolutions", help="Folder. Default: %(default)s.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Default: 0 1 2.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Scales the steps of training. Default: 1.")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results = [run_seed(seed, Path(args.output_dir), args.scale) for seed in args.seeds]
+    print(f"{len(results)} seeds, {torch.get_num_threads()} threads\n\n{table(results)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
