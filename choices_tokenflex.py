@@ -326,7 +326,9 @@ def resolve_vision_tokens(
     grids, resolutions = [], []
     for i, (choice, entry) in enumerate(zip(choices, names)):
         count, resolution = split_choice(choice, image_size, entry)
-        patch_grid = config.patch_grid if resolution is None else config.patch_grid_at(resolution)
+        patch_grid = config.patch_grid
+        if resolution is not None:
+            patch_grid = config.patch_grid_at(resolution, entry if isinstance(choice, str) else "image_size")
         if image_shapes is None or isinstance(count, tuple):
             grids.append(resolve_vision_token_grid(count, patch_grid, entry))
         else:

@@ -219,12 +219,13 @@ class TokenFlexConfig(PreTrainedConfig):
         blocks = (patch * self.downsample_factor for patch in self.patch_size)
         return tuple(side // block for side, block in zip(self.image_size, blocks))
 
-    def patch_grid_at(self, resolution: tuple[int, int]) -> tuple[int, int]:
+    def patch_grid_at(self, resolution: tuple[int, int], name: str = "image_size") -> tuple[int, int]:
         """
         The patch grid of an image that is shrunk to a resolution.
 
         Args:
             resolution (`tuple[int, int]`): (height, width) in pixels.
+            name (`str`, *optional*, defaults to `"image_size"`): The argument to name in errors.
 
         Raises:
             ValueError: If a side is no multiple of the patch or too large, or the tower takes no smaller images.
@@ -233,11 +234,11 @@ class TokenFlexConfig(PreTrainedConfig):
             kind, (height, width) = self.vision_config.model_type, self.image_size
             if kind not in INTERPOLATION or (height != width and kind != "dinov3_vit"):
                 raise ValueError(
-                    f"`image_size`={format_size(resolution)}: a vision tower of type {kind!r} for images of "
+                    f"`{name}`={format_size(resolution)}: a vision tower of type {kind!r} for images of "
                     f"{height}x{width} pixels takes no others. Square towers that do: {', '.join(INTERPOLATION)}."
                 )
         blocks = tuple(patch * self.downsample_factor for patch in self.patch_size)
-        return resolve_patch_grid(resolution, self.image_size, blocks)
+        return resolve_patch_grid(resolution, self.image_size, blocks, name)
 
     def resolution_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """

@@ -143,7 +143,7 @@ def encoded_resolutions(inputs: Mapping, num_images: int, config) -> list[tuple[
     resolutions = [tuple(size) if any(size) else None for size in resolutions.tolist()]
     for resolution in dict.fromkeys(resolutions):
         if resolution is not None:
-            config.patch_grid_at(resolution)
+            config.patch_grid_at(resolution, "image_resolutions")
     return resolutions
 
 

@@ -219,17 +219,18 @@ class TokenFlexProcessor(ProcessorMixin):
         """`tuple[int, int]`: Rows and columns of the features that are pooled to vision tokens."""
         return self.patch_grid_at(tuple(self.image_size))
 
-    def patch_grid_at(self, resolution: tuple[int, int]) -> tuple[int, int]:
+    def patch_grid_at(self, resolution: tuple[int, int], name: str = "image_size") -> tuple[int, int]:
         """
         The patch grid of an image that the model shrinks to a resolution.
 
         Args:
             resolution (`tuple[int, int]`): (height, width) in pixels.
+            name (`str`, *optional*, defaults to `"image_size"`): The argument to name in errors.
 
         Raises:
             ValueError: If a side is no multiple of the patch, or larger than the tower's own.
         """
-        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size))
+        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size), name)
 
     @property
     def tiler(self) -> GotOcr2ImageProcessorPil:

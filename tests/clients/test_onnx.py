@@ -65,6 +65,39 @@ def test_vision_tokens_are_the_models(both, parts, count, num_images):
     torch.testing.assert_close(vision_tokens(parts, pixel_values, count), expected, atol=1e-5, rtol=0)
 
 
+def test_an_encoder_at_a_resolution_gives_the_models_vision_tokens(both, tmp_path):
+    from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_multimodal
+
+    class SmallImageEncoder(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model.model
+
+        def forward(self, pixel_values):
+            return {"patch_features": self.model.encode_images(pixel_values, (32, 32)).last_hidden_state}
+
+    model, processor = both
+    sample = encode(processor, 16).data
+    projector, inputs = decompose_multimodal(model, sample)["multi_modal_projector"]
+    with torch.no_grad():
+        patches = model.model.encode_images(sample["pixel_values"], (32, 32)).last_hidden_state
+        expected = model.get_image_features(sample["pixel_values"], "4@32").pooler_output
+    inputs |= {"patch_features": patches, "grids": [(2, 2)], "patch_grids": [model.config.patch_grid_at((32, 32))]}
+    parts = {"encoder": (SmallImageEncoder(model), {"pixel_values": sample["pixel_values"]})}
+    parts["projector"] = projector, inputs
+    components = {
+        name: OnnxExporter().export(*part, OnnxConfig(dynamic=True)).components["model"]
+        for name, part in parts.items()
+    }
+    ExportedModel(components, OnnxExporter.export_format, model.config).save_pretrained(tmp_path)
+    encoder, projector = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in parts)
+    for num_images in (1, 3):
+        (seen,) = encoder.run(["patch_features"], {"pixel_values": sample["pixel_values"][:num_images].numpy()})
+        (tokens,) = projector.run(None, {"patch_features": seen})
+        torch.testing.assert_close(torch.from_numpy(tokens), expected[:num_images], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("rows", [[0], [1], [0, 1], [1, 0, 0]])
 def test_logits_are_the_models_whatever_is_padded_or_cached(both, parts, count, rows):

@@ -21,7 +21,7 @@ def test_every_choice_of_every_arm_is_tested_and_priced(result):
     for figures in ("right", "flops", "milliseconds"):
         assert set(tested[figures]) == set(names)
     assert {len(rates) for rates in tested["right"].values()} == {len(tested["families"])} == {len(tested["images"])}
-    assert tested["flops"]["pairs 36"] == tested["flops"]["counts 36"] > tested["flops"]["pairs 36@48"]
+    assert tested["flops"]["pairs 36"] == tested["flops"]["counts 36"] > tested["flops"]["pairs 16@48"]
     assert resolutions.run_seed(0, folder, **SIZE) == tested, "what is done is used again"
 
 
@@ -32,7 +32,7 @@ def test_arms_are_trained_and_saved_at_their_choices(result):
         assert config.vision_token_weights == list(weights.values())
 
 
-def test_the_table_holds_every_choice_and_for_each_count_a_pair_that_is_no_slower(result):
+def test_the_table_holds_every_choice_and_for_each_count_a_pair_that_computes_no_more(result):
     tested = result[0]
     lines = resolutions.table([tested, tested]).splitlines()
     first, second = (i for i, line in enumerate(lines) if line.startswith("|--"))
@@ -41,4 +41,4 @@ def test_the_table_holds_every_choice_and_for_each_count_a_pair_that_is_no_slowe
     ]
     for line in lines[second + 1 : second + 1 + len(resolutions.ARMS["counts"])]:
         count, pair = (cell.strip() for cell in line.split("|")[1:3])
-        assert tested["milliseconds"][f"pairs {pair}"] <= 1.02 * tested["milliseconds"][f"counts {count}"]
+        assert tested["flops"][f"pairs {pair}"] <= tested["flops"][f"counts {count}"]
