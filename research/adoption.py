@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -25,31 +23,25 @@ from transformers import (
 
 from ..checkpoints.files import write_file
 from ..data.synthetic import SyntheticVQA
-from ..evaluation.intervals import mean_over_seeds
 from ..evaluation.label import label
 from ..evaluation.metrics import get_metric
 from ..evaluation.sweep import predict
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
 from ..towers import adopt
-from ..towers.tiny import tiny_model_and_processor
-from ..training import train
-from ..training.quickstart import train_tower
-from ..training.resume import end_run, has_ended
 from .baselines import become_llava
+from .stages import TEST_SEED, load, train_base, train_stage, write_score
 
 
 COUNTS = (4, 16, 36, 64)
-TEST_SEED = 29_001  # of images that nothing was trained or tuned on
 TRAIN_STEPS = 1200  # of a model at drawn counts or at one, behind the small recipes' tower and base
-TUNE_SEED, TUNE_STEPS, BATCH_SIZE = 24_000, 250, 16  # of the images that are tuned on
-EACH = ["1"] * len(COUNTS)
-DRAWN = ["--vision_token_choices", *map(str, COUNTS), "--vision_token_weights", *EACH]
+TUNE_SEED, TUNE_IMAGES, BATCH_SIZE = 24_000, 4_800, 16
+CHOICES = ["--vision_token_choices", *map(str, COUNTS)]
+DRAWN = [*CHOICES, "--vision_token_weights", *["1"] * len(COUNTS)]
 FIXED = ["--vision_token_choices", "64", "--vision_token_weights", "1"]
-TRAINING = ["--dataloader_pin_memory", "false", "--report_to", "none", "--disable_tqdm", "true"]
 TUNING = (
-    "--bf16 false --gradient_checkpointing false --learning_rate 2e-3 --projector_learning_rate 2e-3 "
-    f"--per_device_train_batch_size {BATCH_SIZE} --gradient_accumulation_steps 1 --max_steps {TUNE_STEPS} "
+    "--bf16 false --gradient_checkpointing false --learning_rate 1e-3 --projector_learning_rate 1e-3 "
+    f"--per_device_train_batch_size {BATCH_SIZE} --gradient_accumulation_steps 1 --num_train_epochs 2 "
     "--dataloader_num_workers 0 --check_rows lazily"
 ).split()
 
@@ -107,51 +99,38 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, test_images: int = 100
     result = folder / f"result-{scale}-{test_images}.json"
     if result.is_file():
         return json.loads(result.read_text())
-    tower, adopted, labeled = folder / "tower", folder / "adopted", folder / "labeled"
-    if not has_ended(tower, {"scale": scale}):
-        model, processor = tiny_model_and_processor(seed)
-        become_llava(model, seed)
-        train_tower(model, processor, tower, seed, scale)
-        end_run(tower, {"scale": scale})
-
-    def trained(recipe: str, start: Path, name: str, *options: str) -> Path:
-        options = ["--output_dir", str(folder / name), "--seed", str(seed), *TRAINING, *options]
-        train.main(["--config", recipe, "--model_name_or_path", str(start), *options])
-        return folder / name / "final"
-
-    base = trained("small/stage1.yaml", tower / "final", "base", "--num_train_epochs", str(scale))
+    adopted, labeled = folder / "adopted", folder / "labeled"
+    base = train_base(folder, seed, scale, become_llava)
     steps = ["--max_steps", str(math.ceil(scale * TRAIN_STEPS))]
-    drawn = trained("small/stage2.yaml", base, "drawn", *DRAWN, *steps)
-    fixed = trained("small/stage2.yaml", base, "fixed", *FIXED, *steps)
+    drawn = train_stage(folder / "drawn", "small/stage2.yaml", base, seed, *DRAWN, *steps)
+    fixed = train_stage(folder / "fixed", "small/stage2.yaml", base, seed, *FIXED, *steps)
     if not (adopted / "config.json").is_file():
-        save_llava(*_load(fixed), folder / "llava")
-        adopt.main(["--model", str(folder / "llava"), "--output_dir", str(adopted), *DRAWN])
+        save_llava(*load(fixed), folder / "llava")
+        adopt.main(["--model", str(folder / "llava"), "--output_dir", str(adopted), *CHOICES])
     clock = folder / "minutes.json"
     minutes, start = json.loads(clock.read_text()) if clock.is_file() else {}, time.perf_counter()
-    images = SyntheticVQA(TUNE_STEPS * BATCH_SIZE, TUNE_SEED + seed)
+    images = SyntheticVQA(TUNE_IMAGES, TUNE_SEED + seed)
     if not (labeled / "rows.jsonl").is_file():
-        label(*_load(adopted), images, labeled, batch_size=128, max_new_tokens=16)
+        label(*load(adopted), images, labeled, batch_size=128, max_new_tokens=16)
         minutes["labeling"] = (time.perf_counter() - start) / 60
     rows = {"own answers": str(labeled / "rows.jsonl"), "labels": f"synthetic:{len(images)}@{TUNE_SEED + seed}"}
     models = {"drawn": drawn, "adopted": adopted}
     for kind, dataset in rows.items():
         start = time.perf_counter()
         name = f"tuned on {kind}"
-        models[name] = trained("adopt/tune.yaml", adopted, name.replace(" ", "_"), "--dataset", dataset, *TUNING)
+        models[name] = train_stage(
+            folder / name.replace(" ", "_"), "adopt/tune.yaml", adopted, seed, "--dataset", dataset, *TUNING
+        )
         minutes.setdefault(name, (time.perf_counter() - start) / 60)
         write_file(clock, json.dumps(minutes))
     test, rate = SyntheticVQA(test_images, TEST_SEED), get_metric("exact_match")
     right = {}
     for name, checkpoint in models.items():
-        answers = predict(*_load(checkpoint), test, COUNTS, batch_size=128, show_progress=False)
+        answers = predict(*load(checkpoint), test, COUNTS, batch_size=128, show_progress=False)
         right[name] = {str(n): [int(answer.rate(rate, n)) for answer in answers] for n in COUNTS}
     questions = {"families": [answer.family for answer in answers], "images": [answer.index for answer in answers]}
     write_file(result, json.dumps({"seed": seed, "right": right, "minutes": minutes, **questions}))
     return json.loads(result.read_text())
-
-
-def _load(folder: Path):
-    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
 def table(results: Sequence[Mapping]) -> str:
@@ -161,23 +140,16 @@ def table(results: Sequence[Mapping]) -> str:
     Args:
         results (`Sequence[Mapping]`): What [`run_seed`] returned, for each seed.
     """
-    families, images = results[0]["families"], results[0]["images"]
 
-    def over_seeds(name: str, count: int, minus: str | None = None, minus_count: int | None = None):
+    def cell(name: str, count: int, minus: str | None = None) -> str:
         scores = [result["right"][name][str(count)] for result in results]
-        if minus is not None:
-            other = [result["right"][minus][str(minus_count or count)] for result in results]
-            scores = [[a - b for a, b in zip(*pair)] for pair in zip(scores, other)]
-        return mean_over_seeds(scores, families, images)
-
-    def cell(interval, sign: str = "") -> str:
-        mean, low, high = (100 * value for value in interval)
-        return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+        other = None if minus is None else [result["right"][minus][str(count)] for result in results]
+        return write_score(scores, other, results[0])
 
     head = "| | " + " | ".join(f"@{count}" for count in COUNTS) + " |"
     lines = [head, "|---|" + "---:|" * len(COUNTS)]
     for name in results[0]["right"]:
-        lines.append(f"| {name} | " + " | ".join(cell(over_seeds(name, count)) for count in COUNTS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(name, count) for count in COUNTS) + " |")
     differences = [
         ("tuned on own answers", "drawn"),
         ("tuned on own answers", "adopted"),
@@ -185,8 +157,7 @@ def table(results: Sequence[Mapping]) -> str:
     ]
     lines += ["", head, "|---|" + "---:|" * len(COUNTS)]
     for first, second in differences:
-        cells = (cell(over_seeds(first, count, second), "+") for count in COUNTS)
-        lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
+        lines.append(f"| {first} - {second} | " + " | ".join(cell(first, n, second) for n in COUNTS) + " |")
     minutes = {name: max(result["minutes"][name] for result in results) for name in results[0]["minutes"]}
     lines += ["", "Minutes at most: " + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())]
     return "\n".join(lines)

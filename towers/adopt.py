@@ -16,7 +16,7 @@ from transformers import (
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import ADOPTED, add_stage, public_names
-from ..choices_tokenflex import parse_choice
+from ..choices_tokenflex import parse_choice, sort_choices
 from ..configuration_tokenflex import TokenFlexConfig, count_prefix_tokens
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
@@ -52,7 +52,8 @@ def adopt_model(
         vision_token_choices (`list[int | str]`, *optional*):
             The counts that tuning draws from. Default to about a quarter, 9/16 and all of the model's own count.
         vision_token_weights (`list[float]`, *optional*):
-            One weight per choice; given together with the choices.
+            One weight per choice, given together with the choices. By default the largest weighs four times as much as
+            all others together, so that tuning leaves the model at its own count what it was.
         dtype (`str` or `torch.dtype`, *optional*):
             The dtype of all weights. Defaults to the model's.
 
@@ -87,13 +88,18 @@ def adopt_model(
     pooling = source_config.projector_pooling_ratio if family.pools_last else 1
     native = tuple(side // pooling for side in patch_grid)
     if vision_token_choices is None and vision_token_weights is None:
-        vision_token_choices, vision_token_weights = default_vision_tokens(patch_grid, min(native))
+        vision_token_choices, _ = default_vision_tokens(patch_grid, min(native))
+    has_weights = vision_token_weights is not None
     config_options = parts | {
         "num_vision_tokens": min(native) ** 2 if num_vision_tokens is None else num_vision_tokens,
         "vision_token_choices": vision_token_choices,
-        "vision_token_weights": vision_token_weights,
+        "vision_token_weights": vision_token_weights if has_weights else [1] * len(vision_token_choices),
     }
     TokenFlexConfig(**config_options)
+    if not has_weights:
+        largest, others = sort_choices(vision_token_choices)[-1], len(vision_token_choices) - 1
+        own_weight = max(4 * others, 1)
+        config_options["vision_token_weights"] = [own_weight if n == largest else 1 for n in vision_token_choices]
 
     source = _load_model(checkpoint, source_config, dtype or "auto")
     projector, tower = source.model.get_submodule(family.projector), source.model.get_submodule(family.vision_tower)
@@ -268,7 +274,12 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="Counts that tuning draws from. Default: about a quarter, 9/16 and all of the model's own count.",
     )
-    parser.add_argument("--vision_token_weights", type=float, nargs="+", help="One weight per choice.")
+    parser.add_argument(
+        "--vision_token_weights",
+        type=float,
+        nargs="+",
+        help="One weight per choice. Default: the largest weighs four times as much as all others together.",
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="Dtype of all weights. Default: the model's."
     )

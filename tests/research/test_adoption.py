@@ -18,7 +18,7 @@ def result(tmp_path_factory):
 
     folder, own = tmp_path_factory.mktemp("adoption"), adoption.label
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adoption, "TUNE_STEPS", 2)
+        patch.setattr(adoption, "TUNE_IMAGES", 32)
         patch.setattr(adoption, "label", label)
         patch.setattr(adoption, "TUNING", [*adoption.TUNING, "--max_steps", "2"])
         yield adoption.run_seed(0, folder, **SIZE), folder

@@ -184,6 +184,20 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
     assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "out").glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("given", "choices", "weights"),
+    [
+        ({}, [9, 25, 49], [1, 1, 8]),
+        ({"vision_token_choices": [49, 4, 9, 16]}, [49, 4, 9, 16], [12, 1, 1, 1]),
+        ({"vision_token_choices": [49]}, [49], [1]),
+        ({"vision_token_choices": [4, 49], "vision_token_weights": [1, 0]}, [4, 49], [1, 0]),
+    ],
+)
+def test_the_largest_count_weighs_most_unless_weights_are_given(tmp_path, given, choices, weights):
+    model, _, _ = adopt_model(save_source(SOURCES["llava"], tmp_path / "source"), **given)
+    assert (model.config.vision_token_choices, model.config.vision_token_weights) == (choices, weights)
+
+
 def test_shards_stay_as_large_as_they_were(tmp_path):
     folder = save_source(SOURCES["llava"], tmp_path / "source")
     source = AutoModelForImageTextToText.from_pretrained(folder)
