@@ -27,7 +27,6 @@ from .placeholders_tokenflex import (
 _IMAGE_POSITIONS = weakref.WeakKeyDictionary()
 KEEPS_IMAGES_OF_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 PER_IMAGE = ("pixel_values", "vision_token_grids", "image_resolutions", "image_shapes", "num_tiles")
-INPUTS = ("attention_mask", "mm_encoder_outputs", *PER_IMAGE)
 
 
 def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int | str], tolerance: float) -> list[int | str]:
@@ -59,7 +58,7 @@ def smallest_sufficient(chances: torch.Tensor, choices: Sequence[int | str], tol
 
 class TokenFlexChooser(nn.Module):
     """
-    The linear head that foresees, from the hidden state of a prompt's last token, the chance of a right answer at each
+    The linear head that foresees, from the hidden state of a text's last token, the chance of a right answer at each
     choice. Buffers, so that it is saved with the weights and never trained with them.
 
     Args:
@@ -79,37 +78,52 @@ class TokenFlexChooser(nn.Module):
 
 class TokenFlexGenerationMixin(GenerationMixin):
     """
-    `generate` at a chosen number of vision tokens. To choose it, the model reads every question once at the smallest
-    count and foresees at which counts it will be answered rightly, by [`TokenFlexChooser`]; `tokenflex calibrate` fits
-    that head to the model's own right and wrong answers.
+    `generate` at a chosen number of vision tokens. To choose it, the model reads a prompt's text once, without its
+    images, and foresees at which counts it will be answered rightly, by [`TokenFlexChooser`]; `tokenflex calibrate`
+    fits that head to the model's own right and wrong answers.
     """
 
     @torch.no_grad()
-    def read_questions(self, input_ids: torch.LongTensor, **kwargs) -> torch.Tensor:
+    def read_questions(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, **kwargs
+    ) -> torch.Tensor:
         """
-        Computes the hidden state of each prompt's last token at the smallest of `vision_token_choices`.
+        Computes the hidden state of each prompt's last token behind its text alone, without its images.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts, at any count.
-            kwargs: The processor's other outputs; `mm_encoder_outputs` may stand for `pixel_values`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding, which is known by the generation config's `pad_token_id` where no mask is given.
+            kwargs: The processor's other outputs, which are not looked at.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, hidden_size)`, in float32.
+
+        Raises:
+            ValueError: If a prompt has no text.
         """
-        inputs = {"input_ids": input_ids, **{name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}}
-        pad_token_id = self.generation_config.pad_token_id
-        prompt = at_count(inputs, sort_choices(self.config.vision_token_choices)[0], self.config, pad_token_id)
-        hidden_states = self.model(**prompt, use_cache=False, return_dict=True).last_hidden_state
-        mask = prompt.get("attention_mask", torch.ones_like(prompt["input_ids"]))
-        last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
-        return hidden_states[torch.arange(len(last), device=last.device), last].float()
+        pad_token_id = _padding({}, (self.generation_config,))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids) if pad_token_id is None else input_ids != pad_token_id
+        is_text = attention_mask.bool() & (input_ids != self.config.image_token_id)
+        if is_text.shape != input_ids.shape or not is_text.any(-1).all():
+            raise ValueError(
+                "`num_vision_tokens`='auto' reads each prompt's text, but a row of `input_ids` "
+                f"{tuple(input_ids.shape)} and `attention_mask` {tuple(attention_mask.shape)} has none: name a count."
+            )
+        texts = [row[kept] for row, kept in zip(input_ids, is_text)]
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        texts = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        hidden_states = self.model(input_ids=texts, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden_states[torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1].float()
 
     def choose_vision_tokens(
         self, input_ids: torch.LongTensor, tolerance: float | None = None, **kwargs
     ) -> list[int | str]:
         """
         Chooses the count, and with it the resolution, that each prompt's images need, as
-        `generate(num_vision_tokens="auto")` does. A prompt's choice does not depend on the others in the batch.
+        `generate(num_vision_tokens="auto")` does: by the prompt's text, before any image is seen. A prompt's choice
+        does not depend on the others in the batch.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The prompts, at any count.
@@ -122,7 +136,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
             `list[int | str]`: One of `vision_token_choices` for each prompt.
 
         Raises:
-            ValueError: If the model has not been calibrated.
+            ValueError: If the model has not been calibrated, or a prompt has no text.
         """
         chooser = self.config.vision_token_chooser
         if chooser is None:
@@ -135,33 +149,14 @@ class TokenFlexGenerationMixin(GenerationMixin):
         tolerance = chooser["tolerance"] if tolerance is None else tolerance
         return smallest_sufficient(chances, chooser["choices"], tolerance)
 
-    def _choose_counts(self, prompt: dict) -> tuple[dict, list | None, list | None]:
-        """The prompt with features for pixels, the choice of each image, and of each prompt, 0 without images."""
-        kept, images = kept_features(prompt), prompt.get("pixel_values")
-        if images is None and not kept:
-            return prompt, None, None
-        smallest = sort_choices(self.config.vision_token_choices)[0]
-        if not kept and self.config.vision_token_chooser is not None:
-            kept = [self.model.get_image_features(prompt.pop("pixel_values"), smallest, return_dict=True)]
-            prompt["mm_encoder_outputs"] = {"image": kept}
-        chosen = self.choose_vision_tokens(**{name: prompt.get(name) for name in ("input_ids", *INPUTS)})
-        input_ids = prompt["input_ids"]
+    def _choose_counts(self, prompt: dict) -> tuple[list | None, list | None]:
+        """The choice of each image, and of each prompt, 0 for one without images; `None` where there are none."""
+        if not count_images(prompt):
+            return None, None
+        chosen, input_ids = self.choose_vision_tokens(**prompt), prompt["input_ids"]
         first = first_placeholders(input_ids, encoded_grids(prompt, self.config), self.config.image_token_id)
         rows = (first // input_ids.shape[1]).tolist()
-        of_images = [chosen[row] for row in rows]
-        if images is not None:
-            asked = at_count({**prompt, "pixel_values": images}, of_images, self.config)
-            sizes, seen = seen_resolutions(asked, self.config), kept[0].image_resolutions
-            for size in dict.fromkeys(sizes):
-                new = [i for i, other in enumerate(sizes) if other == size != seen[i]]
-                if new:
-                    features = self.model.get_image_features(images[new], 1, image_size=size, return_dict=True)
-                    of_all = [None] * len(sizes)
-                    for i, of_image in zip(new, features.last_hidden_state):
-                        of_all[i] = of_image
-                    known = [size if i in new else None for i in range(len(sizes))]
-                    kept.append(TokenFlexImageOutput(of_all, image_resolutions=known))
-        return prompt, of_images, [n if row in rows else 0 for row, n in enumerate(chosen)]
+        return [chosen[row] for row in rows], [n if row in rows else 0 for row, n in enumerate(chosen)]
 
     @torch.no_grad()
     def generate(
@@ -244,7 +239,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
 
         prompt, chosen = {**kwargs, "input_ids": input_ids}, None
         if num_vision_tokens == "auto":
-            prompt, num_vision_tokens, chosen = self._choose_counts(prompt)
+            num_vision_tokens, chosen = self._choose_counts(prompt)
         if cached:
             self._keep_new_images(prompt, num_vision_tokens, image_size, cache, cached)
         else:

@@ -133,15 +133,13 @@ class OperatingPoint:
         tolerance (`float`): See `choose_vision_tokens`.
         accuracy (`float`): The share of right answers at the chosen counts.
         vision_tokens (`float`): The mean of the chosen counts.
-        total_vision_tokens (`float`): With the smallest count, at which every question is read to choose.
-        flops (`float`): The mean of floating-point operations to the first token, reading and vision tower included,
+        flops (`float`): The mean of floating-point operations to the first token, choosing and vision tower included,
             as a share of the most expensive choice's.
     """
 
     tolerance: float
     accuracy: float
     vision_tokens: float
-    total_vision_tokens: float
     flops: float
 
 
@@ -165,12 +163,9 @@ def trace(
         chosen = smallest_sufficient(chances, observations.choices, float(tolerance))
         columns = torch.tensor([observations.choices.index(count) for count in chosen])
         accuracy = observations.right.gather(1, columns[:, None]).mean()
-        tokens, flops = (
-            sum(map(count_tokens, chosen)) / len(chosen),
-            float(torch.tensor(costs, dtype=torch.float)[columns].mean()),
-        )
-        total = tokens + min(map(count_tokens, observations.choices))
-        points.append(OperatingPoint(float(tolerance), float(accuracy), tokens, total, flops))
+        tokens = sum(map(count_tokens, chosen)) / len(chosen)
+        flops = float(torch.tensor(costs, dtype=torch.float)[columns].mean())
+        points.append(OperatingPoint(float(tolerance), float(accuracy), tokens, flops))
     return points
 
 
@@ -187,8 +182,8 @@ def calibrate(
             Accuracy, from 0 to 1, that may be lost against the largest choice; the fewest floating-point operations
             that keep it are taken.
         mean_tokens (`float`, *optional*):
-            In its place, how many vision tokens may be read per image on average, the reading at the smallest count
-            included; the best accuracy within it is taken.
+            In its place, how many vision tokens may be read per image on average; the best accuracy within it is
+            taken.
 
     Returns:
         `dict`: `point` (the [`OperatingPoint`] that was found, foreseen on held-out folds), `uniform` accuracies by
@@ -203,8 +198,8 @@ def calibrate(
     curve = trace(chances, observations, [flops / most for flops in choosing_flops(*asked).values()])
     uniform = dict(zip(observations.choices, observations.right.mean(0).tolist()))
     if mean_tokens is not None:
-        within = [point for point in curve if point.total_vision_tokens <= mean_tokens]
-        target = f"`mean_tokens`={mean_tokens}: the least that is read is {curve[-1].total_vision_tokens:.1f}"
+        within = [point for point in curve if point.vision_tokens <= mean_tokens]
+        target = f"`mean_tokens`={mean_tokens}: the least that is read is {curve[-1].vision_tokens:.1f}"
         point = max(within, key=lambda point: (point.accuracy, -point.vision_tokens), default=None)
     else:
         needed = uniform[sort_choices(observations.choices)[-1]] - accuracy_loss

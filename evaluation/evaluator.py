@@ -93,9 +93,8 @@ def evaluate(
     }
     named = [count for count in counts if count != "auto"]
     report["vision_tokens"] = {count: count_tokens(count) for count in named}
-    if "auto" in counts:  # every question with an image is read at the smallest count first
-        smallest = count_tokens(sort_choices(model.config.vision_token_choices)[0])
-        read = [count_tokens(p.chosen) + smallest for p in predictions if p.chosen is not None]
+    if "auto" in counts:
+        read = [count_tokens(p.chosen) for p in predictions if p.chosen is not None]
         report["vision_tokens"]["auto"] = sum(read) / max(1, len(read))
     if latency_batch_size and state.is_main_process:
         rows = (dataset[i % len(dataset)] for i in range(latency_batch_size))

@@ -1,14 +1,14 @@
 """Floating-point operations to the first token, of the vision tower too, without running or loading a model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..choices_tokenflex import sort_choices
 from ..modeling_tokenflex import TokenFlexModel
 
 
@@ -60,26 +60,16 @@ def count_flops(
     4.0
     ```
     """
-    config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"  # others ask for a device that computes
-    with torch.device("meta"):
-        model = TokenFlexModel(config).eval()
-        pixel_values = torch.zeros(1, config.vision_config.num_channels, *config.image_size)
-        # The fused attention of CPUs is not counted, the plain one is.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            tokens = model.get_image_features(pixel_values, num_vision_tokens, image_size=image_size).pooler_output
-            vision = counter.get_total_flops()
-            length = tokens.shape[1] + text_tokens
-            inputs_embeds = torch.zeros(1, length, tokens.shape[2])
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool)
-            model.language_model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
-    return Flops(vision, counter.get_total_flops() - vision)
+    model = _without_weights(config)
+    pixel_values = torch.zeros(1, config.vision_config.num_channels, *config.image_size, device="meta")
+    with _counter() as counter:
+        tokens = model.get_image_features(pixel_values, num_vision_tokens, image_size=image_size).pooler_output
+    return Flops(counter.get_total_flops(), _count_reading(model, tokens.shape[1] + text_tokens))
 
 
 def choosing_flops(config, choices: Sequence[int | str], text_tokens: int = 32) -> dict[int | str, int]:
     """
-    Counts what choosing and answering cost together: `"auto"` reads a question at the smallest choice, and the image
-    is not seen again where the chosen resolution is the same.
+    Counts what choosing and answering cost together: `"auto"` reads a prompt's text once before any image is seen.
 
     Args:
         config ([`TokenFlexConfig`]): The model's configuration.
@@ -89,10 +79,33 @@ def choosing_flops(config, choices: Sequence[int | str], text_tokens: int = 32) 
     Returns:
         `dict[int | str, int]`: Floating-point operations to the first token where each is chosen.
     """
-    smallest = sort_choices(config.vision_token_choices)[0]
-    read, seen = count_flops(config, smallest, text_tokens).total, config.resolutions_for([smallest])
-    costs = {choice: count_flops(config, choice, text_tokens) for choice in choices}
-    return {
-        choice: read + (cost.language if config.resolutions_for([choice]) == seen else cost.total)
-        for choice, cost in costs.items()
-    }
+    reading = _count_reading(_without_weights(config), text_tokens)
+    return {choice: reading + count_flops(config, choice, text_tokens).total for choice in choices}
+
+
+def _without_weights(config) -> TokenFlexModel:
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"  # others ask for a device that computes
+    with torch.device("meta"):
+        return TokenFlexModel(config).eval()
+
+
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    # The fused attention of CPUs is not counted, the plain one is.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.device("meta"),
+    ):
+        yield counter
+
+
+def _count_reading(model: TokenFlexModel, length: int) -> int:
+    """Operations of the language model that reads that many tokens."""
+    with _counter() as counter:
+        inputs_embeds = torch.zeros(1, length, model.config.text_config.hidden_size)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+        model.language_model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
+    return counter.get_total_flops()

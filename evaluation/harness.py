@@ -139,7 +139,8 @@ class HarnessModel:
         if is_auto and output.get("num_vision_tokens") is not None:
             chosen = torch.as_tensor([count_tokens(choice) for choice in list(output.num_vision_tokens)])
             answered_at = vision_tokens // count_tokens(smallest) * chosen.to(vision_tokens.device)
-            prompt_tokens, vision_tokens = 2 * prompt_tokens - vision_tokens + answered_at, vision_tokens + answered_at
+            # The text has been read to choose, and then with its images.
+            prompt_tokens, vision_tokens = 2 * (prompt_tokens - vision_tokens) + answered_at, answered_at
         output_tokens = mask_answers(answers, self.model.generation_config.eos_token_id).sum(-1)
         lengths = prompt_tokens, vision_tokens, output_tokens
         texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)

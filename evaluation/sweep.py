@@ -121,7 +121,7 @@ def encode_questions(
         raise ValueError(f"`batch_size`={batch_size}: at least one question at a time.")
     choices, chooser = list(choices or model.config.vision_token_choices), model.config.vision_token_chooser
     if "auto" in choices and chooser is not None:
-        choices += [*chooser["choices"], *model.config.vision_token_choices]
+        choices += chooser["choices"]
     choices = [
         resolve_named_count(choice, model.config.vision_token_choices) for choice in choices if choice != "auto"
     ]

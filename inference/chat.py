@@ -223,15 +223,11 @@ class ChatModel:
         """The inputs with the tower's features for the pixels, and the count that the model chooses if it is to."""
         pixel_values, counts = inputs.pop("pixel_values"), inputs.pop("num_vision_tokens")
         kept = KeptFeatures(self.model, 2 * len(pixel_values)) if self.kept is None else self.kept
-
-        def see(counts) -> dict:
-            asked = at_count({**inputs, "pixel_values": pixel_values}, counts, self.model.config)
-            features = kept.encode(pixel_values, seen_resolutions(asked, self.model.config))
-            return {**inputs, "mm_encoder_outputs": {"image": features}}
-
         if counts == "auto":
-            [counts] = self.model.choose_vision_tokens(**see(self.counts.choices[0]))
-        return {**see(counts), "num_vision_tokens": counts}
+            [counts] = self.model.choose_vision_tokens(**inputs)
+        asked = at_count({**inputs, "pixel_values": pixel_values}, counts, self.model.config)
+        features = kept.encode(pixel_values, seen_resolutions(asked, self.model.config))
+        return {**inputs, "mm_encoder_outputs": {"image": features}, "num_vision_tokens": counts}
 
     def _count_tokens(self, inputs: dict) -> tuple[int, list[int]]:
         """The tokens of the prompt at the count it is answered at, and the vision tokens of each image among them."""

@@ -27,15 +27,16 @@ def test_tokens_cost_the_language_model_and_pixels_the_tower(tiny):
     assert few.language == small.language < many.language
     assert 4 * small.vision < few.vision < many.vision
     assert count_flops(config, 4, image_size=32) == small
-    with pytest.raises(ValueError, match="`image_size`=20: .* Nearest: 16"):
+    with pytest.raises(ValueError, match="`num_vision_tokens`=20: .* Nearest: 16"):
         count_flops(config, "4@20")
 
 
-def test_choosing_costs_the_reading_and_sees_an_image_again_only_at_another_resolution(tiny):
-    config = tiny[0].config
-    read = count_flops(config, 4)
-    assert choosing_flops(config, [4, 36]) == {
-        4: read.total + read.language,
-        36: read.total + count_flops(config, 36).language,
-    }
-    assert choosing_flops(config, ["16@48"])["16@48"] == read.total + count_flops(config, "16@48").total
+def test_choosing_reads_the_text_alone(tiny):
+    model, processor = tiny
+    text = processor.tokenizer("which color is the paper?", return_tensors="pt")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.read_questions(**text)
+    costs = choosing_flops(model.config, [4, "16@48", 36], text["input_ids"].shape[1])
+    for choice, flops in costs.items():
+        answering = count_flops(model.config, choice, text["input_ids"].shape[1]).total
+        assert flops == counter.get_total_flops() + answering

@@ -79,6 +79,27 @@ def test_a_choice_depends_neither_on_the_batch_nor_on_the_encoded_count(chooser)
         torch.testing.assert_close(alone[0], hidden[i], atol=1e-4, rtol=1e-4)
 
 
+def test_a_choice_is_made_by_the_text_before_any_image_is_seen(chooser):
+    model, processor = chooser
+    inputs = encode(processor, range(9))
+    chosen = model.choose_vision_tokens(**inputs)
+    assert model.choose_vision_tokens(inputs["input_ids"], attention_mask=inputs["attention_mask"]) == chosen
+    inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+    assert (
+        model.generate(
+            **inputs, num_vision_tokens="auto", max_new_tokens=1, return_dict_in_generate=True
+        ).num_vision_tokens.tolist()
+        == chosen
+    )
+    right = processor.tokenizer.pad(
+        {"input_ids": [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]},
+        padding_side="right",
+        return_tensors="pt",
+    )
+    assert model.choose_vision_tokens(**right) == chosen
+    assert model.choose_vision_tokens(inputs["input_ids"]) == chosen, "padding is known by its id"
+
+
 def test_all_images_of_a_prompt_share_its_choice(chooser):
     model, processor = chooser
     inputs = encode(processor, range(4), images_per_prompt=2)
@@ -134,6 +155,8 @@ def test_what_cannot_be_chosen_is_refused(chooser, tiny):
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="no filled `past_key_values`"):
         model.generate(**inputs, past_key_values=output.past_key_values, num_vision_tokens="auto")
+    with pytest.raises(ValueError, match="reads each prompt's text, but a row of `input_ids` .2, 4. .* has none"):
+        model.choose_vision_tokens(torch.tensor([[model.config.image_token_id] * 4, [5] * 4]))
     with pytest.raises(ValueError, match="it takes `input_ids`"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 128), num_vision_tokens="auto")
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 from tokenflex.checkpoints.provenance import read_provenance
-from tokenflex.training.quickstart import STAGES, TEST_SEED, TOWER_SEED, quickstart
+from tokenflex.training.quickstart import CHOICES, STAGES, TEST_SEED, TOWER_SEED, quickstart
 
 
 SCALE = {"steps_scale": 0.005, "test_images": 20}
@@ -43,9 +43,9 @@ def test_everything_is_written(folder):
     Image.open(folder / "results.png").load()
     assert Image.open(folder / "question.png").size == (64, 64)
     report = json.loads((folder / "results.json").read_text())
-    assert report["accuracy"].keys() == report["milliseconds_to_first_token"].keys() == {"4", "16", "36"}
+    assert report["accuracy"].keys() == report["milliseconds_to_first_token"].keys() == set(map(str, CHOICES))
     table, differences = (folder / "results.md").read_text().strip().split("\n\n")
-    assert len(table.split("\n")) == 2 + 3 + 1 and len(differences.split("\n")) == 2
+    assert len(table.split("\n")) == 2 + 5 + 1 and len(differences.split("\n")) == 4
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().strip().split("\n")]
     assert {line["index"] for line in lines} == set(range(20))
     assert sum(report["questions"].values()) == len(lines)
