@@ -26,16 +26,18 @@ CLASS_TOKENS = {
     "dinov3_vit": 1,
     "idefics3_vision": 0,
     "internvl_vision": 1,
+    "siglip2_vision_model": 0,
     "siglip_vision_model": 0,
     "smolvlm_vision": 0,
     "vit": 1,
 }
 
 
+NAFLEX = "siglip2_vision_model"  # SigLIP 2's NaFlex towers, whose patches keep an image's shape
 # The towers that take smaller images, and the argument by which they then interpolate their position embeddings.
 INTERPOLATION = {
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "vit"), {"interpolate_pos_encoding": True}),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision"), {}),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision", NAFLEX), {}),
 }
 
 
@@ -169,7 +171,7 @@ class TokenFlexConfig(PreTrainedConfig):
         self.vision_config = _as_config(self.vision_config, DEFAULT_VISION_CONFIG)
         self.text_config = _as_config(self.text_config, DEFAULT_TEXT_CONFIG)
         super().__post_init__(**kwargs)
-        is_siglip = self.vision_config.model_type == "siglip_vision_model"
+        is_siglip = self.vision_config.model_type in ("siglip_vision_model", NAFLEX)
         if is_siglip and getattr(self.vision_config, "vision_use_head", True):  # transformers 5.18 does not name it
             self.vision_config = copy.deepcopy(self.vision_config)
             self.vision_config.vision_use_head = False
@@ -210,7 +212,9 @@ class TokenFlexConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """`tuple[int, int]`: Height and width in pixels of the images that the vision tower takes."""
+        """`tuple[int, int]`: Height and width in pixels of the images that the model takes."""
+        if self.vision_config.model_type == NAFLEX:  # a square in which an image of any shape has its resolution
+            return tuple(2 * math.isqrt(self.vision_config.num_patches) * patch for patch in self.patch_size)
         return as_pair(self.vision_config.image_size)
 
     @property
@@ -243,7 +247,8 @@ class TokenFlexConfig(PreTrainedConfig):
     def resolution_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """
         The resolution that goes with a grid where none is asked for: the largest of those `vision_token_choices` that
-        have as many tokens, else the tower's own.
+        have as many tokens, else the tower's own. That of a NaFlex tower has the grid's shape, and as many patches as
+        its config says, or more where the grid has more.
 
         Args:
             grid (`tuple[int, int]`): (rows, columns) of the vision tokens.
@@ -251,13 +256,18 @@ class TokenFlexConfig(PreTrainedConfig):
         Returns:
             `tuple[int, int]`: (height, width) in pixels.
         """
-        fitting = []
+        fitting, own = [], self.image_size
+        if self.vision_config.model_type == NAFLEX:
+            (rows, columns), factor = grid, self.downsample_factor
+            patches = max(self.vision_config.num_patches // factor**2, rows * columns)
+            shape = math.isqrt(patches * rows // columns), math.isqrt(patches * columns // rows)
+            own = tuple(min(n * patch * factor, side) for n, patch, side in zip(shape, self.patch_size, own))
         for choice in self.vision_token_choices:
             count, resolution = split_choice(choice)
-            resolution = resolution or self.image_size
+            resolution = resolution or own
             if count == math.prod(grid) and all(map(operator.ge, self.patch_grid_at(resolution), grid)):
                 fitting.append(resolution)
-        return max(fitting, key=math.prod, default=self.image_size)
+        return max(fitting, key=math.prod, default=own)
 
     def resolutions_for(self, choices: Sequence[int | str], name: str = "num_vision_tokens") -> list[tuple[int, int]]:
         """

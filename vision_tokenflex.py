@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .choices_tokenflex import format_size, resolve_vision_token_grid, resolve_vision_tokens, split_choice
-from .configuration_tokenflex import INTERPOLATION, TokenFlexConfig
+from .configuration_tokenflex import INTERPOLATION, NAFLEX, TokenFlexConfig
 from .placeholders_tokenflex import TokenFlexImageOutput, encoded_grids, encoded_resolutions
 
 
@@ -67,6 +67,25 @@ def pixel_unshuffle(patch_features: torch.Tensor, patch_grid: tuple[int, int], f
     (rows, columns), width = patch_grid, patch_features.shape[-1]
     blocks = patch_features.reshape(-1, rows, factor, columns, factor, width).transpose(2, 3)
     return blocks.reshape(-1, rows * columns, factor**2 * width)
+
+
+def cut_patches(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    Cuts images into patches as SigLIP 2's NaFlex towers take them.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): The images.
+        patch_size (`tuple[int, int]`): Height and width of a patch in pixels.
+
+    Returns:
+        `tuple[torch.Tensor, torch.LongTensor]`: Patches of shape `(num_images, num_patches, patch_height *
+        patch_width * num_channels)`, row by row, and of shape `(num_images, 2)` the (rows, columns) of each image.
+    """
+    (num_images, channels, height, width), (tall, wide) = pixel_values.shape, patch_size
+    rows, columns = height // tall, width // wide
+    patches = pixel_values.reshape(num_images, channels, rows, tall, columns, wide).permute(0, 2, 4, 3, 5, 1)
+    shapes = torch.tensor([[rows, columns]], device=pixel_values.device).expand(num_images, 2)
+    return patches.reshape(num_images, rows * columns, -1), shapes
 
 
 def average_pool(patch_features: torch.Tensor, patch_grid: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
@@ -265,6 +284,9 @@ class TokenFlexVisionMixin:
             kwargs |= INTERPOLATION[config.vision_config.model_type]
             options = {"mode": "bicubic", "antialias": True}
             pixel_values = nn.functional.interpolate(pixel_values.float(), resolution, **options)
+        if config.vision_config.model_type == NAFLEX:
+            pixel_values, kwargs["spatial_shapes"] = cut_patches(pixel_values, config.patch_size)
+            kwargs["pixel_attention_mask"] = torch.ones(pixel_values.shape[:2], device=pixel_values.device)
         if layers != -1:
             kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)

@@ -169,7 +169,6 @@ def build_card(
     )
     choices, weights = config.vision_token_choices, config.vision_token_weights
     rows, columns = config.patch_grid
-    image_size = config.vision_config.image_size
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -179,7 +178,7 @@ def build_card(
         columns=columns * config.downsample_factor,
         is_trained=[stage["stage"] for stage in provenance["stages"][-1:]] != [ADOPTED],
         largest=min(rows, columns),
-        size=image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size),
+        size=config.image_size,
         parameters=count_parameters(checkpoint),
         choices=", ".join(
             f"{count} (drawn {weight / sum(weights):.0%} of the time)" for count, weight in zip(choices, weights)

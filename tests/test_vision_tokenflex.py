@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoConfig, Qwen2Config
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from tokenflex import TokenFlexConfig, TokenFlexModel
 from tokenflex.placeholders_tokenflex import TokenFlexImageOutput
@@ -29,7 +31,8 @@ CHOICES = [4, 16, (1, 3), "4@32", "4@16", "1@8", "2x4@16x32", "2x1@24x16"]
 
 def make_model(kind="siglip_vision_model", image_size=32, **options):
     torch.manual_seed(0)
-    tower = AutoConfig.for_model(kind, image_size=image_size, patch_size=8, **SIZES, **options.pop("tower", {}))
+    tower = {"image_size": image_size, "patch_size": 8, **SIZES, **options.pop("tower", {})}
+    tower = AutoConfig.for_model(kind, **{name: size for name, size in tower.items() if size is not None})
     counts = {"num_vision_tokens": 4, "vision_token_choices": [4], "vision_token_weights": [1.0]}
     config = TokenFlexConfig(vision_config=tower, text_config=TEXT, image_token_id=5, **{**counts, **options})
     return TokenFlexModel(config).eval()
@@ -89,6 +92,63 @@ def test_images_of_mixed_choices_get_what_each_gets_alone(model, data):
         torch.testing.assert_close(mixed.last_hidden_state[i], alone.last_hidden_state[0], atol=1e-5, rtol=1e-5)
         assert mixed.image_resolutions[i] == alone.image_resolutions[0]
         assert mixed.vision_token_grids[i] == alone.vision_token_grids[0]
+
+
+@pytest.fixture(scope="module")
+def naflex():
+    """Whose own resolution is 32 by 32 pixels, from images of 64 by 64."""
+    return make_model("siglip2_vision_model", image_size=None, tower={"num_patches": 16})
+
+
+WIDE = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+SHAPES = [(4, (32, 32)), ((2, 3), (24, 32)), ((1, 4), (16, 64)), ((1, 8), (8, 64)), ((6, 1), (64, 8)), (25, (40, 40))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("choice", "size"), [*SHAPES, ("4@16x24", (16, 24)), ("9@64", (64, 64))])
+def test_a_naflex_tower_sees_an_image_in_the_shape_of_its_grid(naflex, choice, size):
+    shrunk = functional.interpolate(WIDE, size, mode="bicubic", antialias=True)
+    patches = torch.stack([torch.from_numpy(convert_image_to_patches(image.numpy(), 8)) for image in shrunk])
+    shapes = torch.tensor([[side // 8 for side in size]] * 4)
+    expected = naflex.vision_tower(patches, torch.ones(patches.shape[:2]), shapes).last_hidden_state
+    output = naflex.get_image_features(WIDE, choice)
+    assert output.image_resolutions == [size] * 4
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.sampled_from([choice for choice, _ in SHAPES] + ["4@16x24"]), min_size=4, max_size=4))
+def test_images_of_mixed_shapes_get_what_each_gets_alone(naflex, choices):
+    mixed = naflex.get_image_features(WIDE, choices)
+    for i, choice in enumerate(choices):
+        alone = naflex.get_image_features(WIDE[[i]], choice)
+        torch.testing.assert_close(mixed.pooler_output[i], alone.pooler_output[0], atol=1e-5, rtol=1e-5)
+        assert mixed.image_resolutions[i] == alone.image_resolutions[0]
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2]))
+def test_a_naflex_resolution_has_the_grids_shape_within_the_towers_patches(naflex, rows, columns, factor):
+    config = copy.deepcopy(naflex.config)
+    config.downsample_factor = factor
+    rows, columns = min(rows, 8 // factor), min(columns, 8 // factor)
+    patch_rows, patch_columns = config.patch_grid_at(config.resolution_for((rows, columns)))
+    assert patch_rows >= rows and patch_columns >= columns
+    assert patch_rows * patch_columns <= max(16 // factor**2, rows * columns)
+    if rows == columns:
+        assert patch_rows == patch_columns == max(4 // factor, rows)
+    # One patch more along either side would be too many, or too wide for the shape.
+    assert (patch_rows + 1) * columns > patch_columns * rows or patch_columns == 8 // factor
+    assert (patch_columns + 1) * rows > patch_rows * columns or patch_rows == 8 // factor
+
+
+def test_what_a_naflex_tower_cannot_see_is_refused(naflex):
+    with pytest.raises(ValueError, match="`num_vision_tokens`=128: .*seen at 64 pixels.* Nearest: 64"):
+        naflex.get_image_features(WIDE, "4@128")
+    with pytest.raises(ValueError, match="`num_vision_tokens`=81.* Nearest: 64"):
+        naflex.get_image_features(WIDE, 81)
+    with pytest.raises(ValueError, match=r"`num_vision_tokens`=16: .* from 1 to 2 "):
+        naflex.get_image_features(WIDE, "16@16x32")
 
 
 @torch.no_grad()
@@ -153,7 +213,7 @@ def test_kept_features_serve_the_resolutions_they_hold(siglip):
         ({"num_vision_tokens": "16@16"}, "`num_vision_tokens`=16: .* from 1 to 2 .* Nearest: 4"),
         ({"num_vision_tokens": "4@16", "image_size": 32}, "'4@16' and `image_size`=32 disagree"),
         ({"image_resolutions": torch.tensor([[16, 16]])}, r"`image_resolutions` has shape \(1, 2\) for 4 images"),
-        ({"image_resolutions": torch.tensor([[20, 20]] * 4)}, "`image_size`=20: .* Nearest: 16"),
+        ({"image_resolutions": torch.tensor([[20, 20]] * 4)}, "`image_resolutions`=20: .* Nearest: 16"),
     ],
 )
 def test_what_no_tower_can_see_is_refused(siglip, asked, message):
@@ -169,7 +229,7 @@ def test_a_tower_without_interpolation_is_refused_by_name(kind, image_size, opti
     model = make_model(kind, image_size, **options)
     pixel_values = IMAGES if image_size == 32 else IMAGES[..., :16]
     with pytest.raises(
-        ValueError, match=f"`image_size`=16: a vision tower of type '{kind}' .* Square towers that do: c"
+        ValueError, match=f"`num_vision_tokens`=16: a vision tower of type '{kind}' .* Square towers that do: c"
     ):
         model.get_image_features(pixel_values, "1@16")
     with pytest.raises(ValueError, match=f"a vision tower of type '{kind}'"):

@@ -12,7 +12,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import add_stage, public_names
 from ..choices_tokenflex import parse_choice, sort_choices
-from ..configuration_tokenflex import TokenFlexConfig
+from ..configuration_tokenflex import NAFLEX, TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
 from ..processing_tokenflex import TokenFlexProcessor
 from .pretrained import (
@@ -48,14 +48,15 @@ def build_from_towers(
     Joins a pretrained vision tower and a pretrained language model with a new projector. Both towers' weights stay as
     they are; only the projector, and embeddings of tokens that the language model lacks, have to be trained.
 
-    The tower may be SigLIP, SigLIP2 at a fixed resolution, CLIP, DINOv2 (with or without registers) or InternViT in
+    The tower may be SigLIP, SigLIP2 (also NaFlex), CLIP, DINOv2 (with or without registers) or InternViT in
     transformers' format, alone or inside a checkpoint with other parts (a whole CLIP or SigLIP, an InternVL). The
     language model may be any causal language model of transformers whose logits are one linear layer (soft-capped or
     not) on its base model's output, such as Qwen2, Qwen2.5, Qwen3, Llama, SmolLM or Gemma: a short text is run
     through it before and after, and the logits must be identical.
 
     Images are resized to the size that the tower's config names, whole and without a center crop, and normalized as
-    the tower's preprocessor config says (without one: as its authors publish it).
+    the tower's preprocessor config says (without one: as its authors publish it). For a NaFlex tower that is a square
+    of twice its own side, which the model shrinks to the image's shape.
 
     Args:
         vision_tower (`str` or `Path`):
@@ -133,8 +134,10 @@ def build_from_towers(
         vision_token_weights=vision_token_weights,
     )
     _check_vision_config(vision_tower, config)
-    image_processor = load_image_processor(vision_tower, vision_config)
-    processor = TokenFlexProcessor(image_processor, tokenizer, num_vision_tokens, config.patch_size[0])
+    image_processor = load_image_processor(vision_tower, vision_config, config.image_size)
+    keeps_shapes = vision_config.model_type == NAFLEX
+    options = {"patch_size": config.patch_size[0], "match_aspect_ratio": keeps_shapes}
+    processor = TokenFlexProcessor(image_processor, tokenizer, num_vision_tokens, **options)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

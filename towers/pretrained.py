@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, is_torchvision_available, logging
 
-from ..configuration_tokenflex import TokenFlexConfig
+from ..configuration_tokenflex import NAFLEX, TokenFlexConfig
 from ..processing_tokenflex import IMAGE_TOKEN
 
 
@@ -41,6 +41,7 @@ IMAGE_STATISTICS = {
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    NAFLEX: (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
 }
 IMAGE_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
@@ -58,18 +59,14 @@ def read_vision_config(checkpoint: str) -> PreTrainedConfig:
     """
     whole = read_config("vision_tower", checkpoint)
     config = getattr(whole, "vision_config", whole)
-    if config.model_type == "siglip2_vision_model":
-        raise ValueError(
-            f"`vision_tower`={checkpoint!r} is a NaFlex SigLIP2, whose patches form another grid for every image. "
-            "Give a SigLIP2 of fixed resolution, such as 'google/siglip2-so400m-patch14-384'."
-        )
-    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
+    sizes = ("num_patches" if config.model_type == NAFLEX else "image_size", "patch_size")
+    if any(getattr(config, size, None) is None for size in sizes):
         raise ValueError(
             f"`vision_tower`={checkpoint!r} is of type {config.model_type!r}, which has no fixed grid of patches "
             "(`image_size` and `patch_size`). Give a vision tower, such as 'google/siglip-so400m-patch14-384'."
         )
     # Parts that only pre-training needs; transformers 5.18 makes SigLIP's unless it is told not to.
-    if config.model_type == "siglip_vision_model":
+    if config.model_type in ("siglip_vision_model", NAFLEX):
         config.vision_use_head = False
     if getattr(config, "use_mask_token", False):
         config.use_mask_token = False
@@ -178,14 +175,17 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int |
     return tokenizer, image_token_id, chat_token_ids[-1] if chat_token_ids else None
 
 
-def load_image_processor(checkpoint: str, vision_config: PreTrainedConfig) -> SiglipImageProcessorPil:
+def load_image_processor(
+    checkpoint: str, vision_config: PreTrainedConfig, image_size: tuple[int, int]
+) -> SiglipImageProcessorPil:
     """
-    An image processor that resizes whole images to the tower's size, with the mean, standard deviation, scale and
+    An image processor that resizes whole images to one size, with the mean, standard deviation, scale and
     resampling of the tower's own preprocessor config, or those its authors publish if there is none.
 
     Args:
         checkpoint (`str`): Hub id or folder of the tower.
         vision_config (`PreTrainedConfig`): The tower's configuration.
+        image_size (`tuple[int, int]`): Height and width in pixels.
 
     Raises:
         ValueError: If mean and standard deviation are not known.
@@ -203,8 +203,7 @@ def load_image_processor(checkpoint: str, vision_config: PreTrainedConfig) -> Si
             f"`vision_tower`={checkpoint!r} has no {IMAGE_PROCESSOR_NAME} and is of type "
             f"{vision_config.model_type!r}, whose `image_mean` and `image_std` are not known: add that file."
         )
-    size = vision_config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    height, width = image_size
     # Where torchvision is installed, what this class saves loads as its torchvision counterpart.
     return SiglipImageProcessorPil(size={"height": height, "width": width}, **options)
 

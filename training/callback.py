@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from ..choices_tokenflex import count_tokens, sort_choices
+from ..configuration_tokenflex import NAFLEX
 from ..data.examples import QUESTIONS
 from .schemes import NESTED, nested_loss
 
@@ -105,13 +106,15 @@ class VisionTokenCallback(TrainerCallback):
     def _check_resolutions(self, config):
         collator, choices = self.collator, self.collator.vision_token_choices
         sizes = config.resolutions_for(choices, "vision_token_choices")
-        if len(sizes) == 1 or collator.scheme == "batch":
+        keeps_shapes = config.vision_config.model_type == NAFLEX and collator.processor.match_aspect_ratio
+        if not keeps_shapes and (len(sizes) == 1 or collator.scheme == "batch"):
             return
         if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"`scheme`={collator.scheme!r} with `vision_token_choices`={choices} under FSDP or DeepSpeed: the "
-                "vision tower runs once for each resolution that a batch holds, and processes that share weights have "
-                "to do alike. Use the scheme 'batch', the strategy `ddp`, or a single resolution."
+                f"`scheme`={collator.scheme!r} with `vision_token_choices`={choices} and `match_aspect_ratio`="
+                f"{collator.processor.match_aspect_ratio} under FSDP or DeepSpeed: the vision tower runs once for each "
+                "resolution that a batch holds, and processes that share weights have to do alike. Use the strategy "
+                "`ddp`, or the scheme 'batch' or a single resolution, with a NaFlex tower without `match_aspect_ratio`."
             )
 
     def _check_base(self, model):

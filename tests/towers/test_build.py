@@ -23,6 +23,7 @@ import tokenflex.towers.build
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.cli import main
 from tokenflex.towers.build import build_from_towers, default_vision_tokens, largest_shard
+from tokenflex.vision_tokenflex import cut_patches
 
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -205,6 +206,44 @@ def test_towers_keep_their_weights_and_features(save, tmp_path, name, dtype):
     ]
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[2], answers[3])
     assert answers[0].shape == (1, 3)
+
+
+def test_a_naflex_tower_sees_images_in_their_shapes(save, tmp_path):
+    config = transformers.Siglip2VisionConfig(**TINY, patch_size=4, num_patches=49)
+    tower = randomized(transformers.Siglip2VisionModel(config)).eval()
+    tower.save_pretrained(tmp_path / "tower")
+    model, processor = round_trip(*build_from_towers(tmp_path / "tower", save("qwen2")), tmp_path / "built")
+    assert processor.match_aspect_ratio and model.config.image_size == (56, 56) == tuple(processor.image_size)
+    assert model.config.vision_token_choices == [49, 100, 196]
+    assert_equal_parts(model.model.vision_tower, tower, unused=("head.",))
+
+    # Smooth, so that bringing them to a square first changes nothing to speak of.
+    shapes = [(28, 28), (60, 30), (20, 60), (90, 120)]
+    photos = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8)) for i in range(4)]
+    photos = [photo.resize(shape[::-1], Image.BICUBIC) for photo, shape in zip(photos, shapes)]
+    inputs = processor(images=photos, num_vision_tokens=9, return_tensors="pt")
+    with torch.no_grad():
+        output = model.get_image_features(**inputs)
+        for i, photo in enumerate(photos):
+            size = output.image_resolutions[i]
+            grid = torch.tensor([[side // 4 for side in size]])
+            direct = photo.resize(size[::-1], Image.BICUBIC)
+            direct = torch.from_numpy(np.asarray(direct)).permute(2, 0, 1)[None] / 127.5 - 1
+            patches, _ = cut_patches(direct, (4, 4))
+            expected = tower(patches, torch.ones(patches.shape[:2]), grid).last_hidden_state[0]
+            agreement = torch.nn.functional.cosine_similarity(output.last_hidden_state[i], expected, dim=-1)
+            assert agreement.min() > 0.99, (i, agreement)
+    assert output.image_resolutions[0] == (28, 28) and output.image_resolutions[1][0] > output.image_resolutions[1][1]
+
+    text = [f"{processor.image_token}which color?"] * 4
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    options = {"images": photos, "text": text, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    many, few = processor(**options, num_vision_tokens=49), processor(**options, num_vision_tokens=9)
+    answers = model.generate(**few, **asked)[:, -3:]
+    assert torch.equal(model.generate(**many, **asked, num_vision_tokens=9)[:, -3:], answers)
+    for i, photo in enumerate(photos):
+        alone = processor(images=photo, text=text[i], num_vision_tokens=9, return_tensors="pt")
+        assert torch.equal(model.generate(**alone, **asked)[0, -3:], answers[i])
 
 
 @pytest.mark.parametrize("vocab_size", [ROWS, 283], ids=["padded vocabulary", "exact vocabulary"])
