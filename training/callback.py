@@ -112,9 +112,10 @@ class VisionTokenCallback(TrainerCallback):
         if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"`scheme`={collator.scheme!r} with `vision_token_choices`={choices} and `match_aspect_ratio`="
-                f"{collator.processor.match_aspect_ratio} under FSDP or DeepSpeed: the vision tower runs once for each "
-                "resolution that a batch holds, and processes that share weights have to do alike. Use the strategy "
-                "`ddp`, or the scheme 'batch' or a single resolution, with a NaFlex tower without `match_aspect_ratio`."
+                f"{collator.processor.match_aspect_ratio} under FSDP or DeepSpeed: the vision tower runs once for "
+                "each resolution that a batch holds, and processes that share weights have to do alike. Use the "
+                "strategy `ddp`, or the scheme 'batch' or a single resolution, and with a NaFlex tower no "
+                "`match_aspect_ratio`."
             )
 
     def _check_base(self, model):

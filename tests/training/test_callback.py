@@ -1,12 +1,15 @@
 import contextlib
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Siglip2VisionConfig, Trainer, TrainerCallback, TrainingArguments
 
+from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.data.synthetic import SyntheticVQA, draw_scene
 from tokenflex.training import TokenFlexDataCollator, draw_num_vision_tokens
 
@@ -324,3 +327,20 @@ def test_the_plain_trainer_evaluates_with_metrics(narrow, tmp_path, steps):
         labeled += int((labels != -100).sum())
     assert (metrics["eval_right"], metrics["eval_labeled"]) == (right, labeled) and labeled > 4
     assert "eval_loss" in metrics
+
+
+@pytest.mark.parametrize("keeps_shapes", [True, False])
+def test_images_in_their_own_shapes_are_refused_where_weights_are_shared_out(
+    narrow, tmp_path, monkeypatch, keeps_shapes
+):
+    config, processor = copy.deepcopy(narrow[0].config), copy.deepcopy(narrow[1])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config.vision_config = Siglip2VisionConfig(**sizes, patch_size=8, num_patches=64)
+    processor.match_aspect_ratio = keeps_shapes
+    collator = TokenFlexDataCollator(processor)
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("tokenflex.training.callback.AcceleratorState", lambda: state)
+    args, model = TrainingArguments(str(tmp_path), use_cpu=True), TokenFlexForConditionalGeneration(config)
+    expected = pytest.raises(ValueError, match="`match_aspect_ratio`=True under FSDP") if keeps_shapes else None
+    with expected or contextlib.nullcontext():
+        collator.callback.on_init_end(args, None, None, model=model)
