@@ -23,13 +23,12 @@ QUESTION = "which color is the paper?"
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["tiny", "adopted", "demo"])
+@pytest.fixture(scope="module", params=["tiny", "adopted", "naflex", "demo"])
 def checkpoint(request, tmp_path_factory):
     if request.param != "demo":
         path = tmp_path_factory.mktemp("engine") / "checkpoint"
-        save_checkpoint(
-            path, *request.getfixturevalue({"tiny": "pristine", "adopted": "pristine_adopted"}[request.param])
-        )
+        fixture = "pristine" if request.param == "tiny" else f"pristine_{request.param}"
+        save_checkpoint(path, *request.getfixturevalue(fixture))
         return path
     path = Path(os.environ.get("TOKENFLEX_DEMO", "outputs/demo/checkpoint"))
     return path if path.is_dir() else pytest.skip(f"no {path}: run `make demo` first")
@@ -159,7 +158,7 @@ def test_count_of_an_image_changes(engine, reference, compared, label):
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        ([A], {"num_vision_tokens": 5}, "`num_vision_tokens`=5"),
+        ([A], {"num_vision_tokens": 5, "match_aspect_ratio": False}, "`num_vision_tokens`=5"),
         ([A], {"num_vision_tokens": "16@20"}, "`num_vision_tokens`=20"),
         ([A], {"num_vision_tokens": [16, 4]}, "lists 2 entries for 1 images"),
         ([A], {"num_vision_tokens": "auto"}, "needs `tokenflex serve`"),
@@ -167,7 +166,7 @@ def test_count_of_an_image_changes(engine, reference, compared, label):
         ([A, B], {"crop_to_patches": [True]}, "lists 1 entries for 2 images"),
         (
             [WIDE],
-            {"crop_to_patches": True, "max_patches": 3},
+            {"crop_to_patches": True, "max_patches": 3, "match_aspect_ratio": False},
             r"19[24] vision tokens, and this .* reserved 6[46]",
         ),
         ([A] * 5, {"num_vision_tokens": 4}, "At most 4 image"),
