@@ -244,11 +244,15 @@ def test_a_trainer_that_computes_another_loss_cannot_nest(narrow, tmp_path, loss
         fit_plain(narrow, tmp_path, scheme="nested", compute_loss_func=loss, callbacks=[NoStep()])
 
 
+@pytest.mark.parametrize("name", ["narrow", "pristine_naflex"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_samples_at_pairs_of_their_own_have_the_loss_of_each_alone(narrow, packing):
-    model, processor = narrow
+def test_samples_at_pairs_of_their_own_have_the_loss_of_each_alone(request, name, packing):
+    model, processor = request.getfixturevalue(name)
     collator = TokenFlexDataCollator(processor, PAIRS, WEIGHTS, seed=0, scheme="sample", packing=packing)
-    data = [Example(row.images, row.dialogs[:1]) for row in map(to_example, rows(with_text=False))]
+    data = [
+        Example([image.resize((64, 32 * (1 + i % 3))) for image in row.images], row.dialogs[:1])
+        for i, row in enumerate(map(to_example, rows(with_text=False)))
+    ]
     drawn = collator.draw(3, samples=range(len(data)))
     assert len(set(drawn)) > 1
     arranged, _ = collator.arrange(collator.collate(data), drawn)
