@@ -153,6 +153,7 @@ def table(results: Sequence[Mapping]) -> str:
     differences = [
         ("tuned on own answers", "drawn"),
         ("tuned on own answers", "adopted"),
+        ("tuned on labels", "adopted"),
         ("tuned on own answers", "tuned on labels"),
     ]
     lines += ["", head, "|---|" + "---:|" * len(COUNTS)]

@@ -16,7 +16,7 @@ from transformers import (
 
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import ADOPTED, add_stage, public_names
-from ..choices_tokenflex import parse_choice, sort_choices
+from ..choices_tokenflex import parse_choice
 from ..configuration_tokenflex import TokenFlexConfig, count_prefix_tokens
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration
 from ..processing_tokenflex import TokenFlexProcessor
@@ -52,8 +52,8 @@ def adopt_model(
         vision_token_choices (`list[int | str]`, *optional*):
             The counts that tuning draws from. Default to about a quarter, 9/16 and all of the model's own count.
         vision_token_weights (`list[float]`, *optional*):
-            One weight per choice, given together with the choices. By default the largest weighs four times as much as
-            all others together, so that tuning leaves the model at its own count what it was.
+            One weight per choice, given together with the choices. By default the model's own count weighs four times
+            as much as all others together, so that tuning leaves the model there what it was.
         dtype (`str` or `torch.dtype`, *optional*):
             The dtype of all weights. Defaults to the model's.
 
@@ -97,9 +97,9 @@ def adopt_model(
     }
     TokenFlexConfig(**config_options)
     if not has_weights:
-        largest, others = sort_choices(vision_token_choices)[-1], len(vision_token_choices) - 1
-        own_weight = max(4 * others, 1)
-        config_options["vision_token_weights"] = [own_weight if n == largest else 1 for n in vision_token_choices]
+        own, others = min(native) ** 2, len(vision_token_choices) - 1
+        weights = [max(4 * others, 1) if count == own else 1 for count in vision_token_choices]
+        config_options["vision_token_weights"] = weights
 
     source = _load_model(checkpoint, source_config, dtype or "auto")
     projector, tower = source.model.get_submodule(family.projector), source.model.get_submodule(family.vision_tower)
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         "--vision_token_weights",
         type=float,
         nargs="+",
-        help="One weight per choice. Default: the largest weighs four times as much as all others together.",
+        help="One weight per choice. Default: the model's own count weighs four times as much as all others together.",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="Dtype of all weights. Default: the model's."

@@ -190,10 +190,11 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
         ({}, [9, 25, 49], [1, 1, 8]),
         ({"vision_token_choices": [49, 4, 9, 16]}, [49, 4, 9, 16], [12, 1, 1, 1]),
         ({"vision_token_choices": [49]}, [49], [1]),
+        ({"vision_token_choices": [4, 16]}, [4, 16], [1, 1]),
         ({"vision_token_choices": [4, 49], "vision_token_weights": [1, 0]}, [4, 49], [1, 0]),
     ],
 )
-def test_the_largest_count_weighs_most_unless_weights_are_given(tmp_path, given, choices, weights):
+def test_the_own_count_weighs_most_unless_weights_are_given(tmp_path, given, choices, weights):
     model, _, _ = adopt_model(save_source(SOURCES["llava"], tmp_path / "source"), **given)
     assert (model.config.vision_token_choices, model.config.vision_token_weights) == (choices, weights)
 
@@ -300,7 +301,7 @@ def test_logits_that_are_no_numbers_are_no_identity(tmp_path):
         ({"num_vision_tokens": 0}, "`num_vision_tokens`=0"),
         ({"num_vision_tokens": 64}, "`num_vision_tokens`=64.*from 1 to 7.*Nearest: 49"),
         ({"vision_token_choices": [4, 50], "vision_token_weights": [1, 1]}, r"`vision_token_choices\[1\]`=50"),
-        ({"vision_token_choices": [4]}, "give both"),
+        ({"vision_token_weights": [1]}, "give both"),
     ],
 )
 def test_counts_beyond_the_grid_are_named(tmp_path, options, message):
