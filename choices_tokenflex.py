@@ -109,8 +109,34 @@ def resolve_named_count(num_vision_tokens, choices: Sequence[int | str]):
     return sort_choices(choices)[0 if num_vision_tokens == "low" else -1]
 
 
+def follow_shape(
+    shape: tuple[int, int], num_patches: int, image_size: tuple[int, int], patch_size: tuple[int, int]
+) -> tuple[int, int]:
+    """
+    The largest resolution of a shape that has no more than some patches, as NaFlex towers see images.
+
+    Args:
+        shape (`tuple[int, int]`): (height, width) in any unit.
+        num_patches (`int`): The most patches.
+        image_size (`tuple[int, int]`): (height, width) in pixels that no resolution goes beyond.
+        patch_size (`tuple[int, int]`): (height, width) of a patch, or of the blocks of patches that make one feature.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.choices_tokenflex import follow_shape
+
+    >>> follow_shape((720, 1280), num_patches=256, image_size=(512, 512), patch_size=(16, 16))
+    (192, 336)
+    ```
+    """
+    height, width = shape
+    patches = math.isqrt(num_patches * height // width), math.isqrt(num_patches * width // height)
+    return tuple(min(max(n, 1) * patch, side) for n, patch, side in zip(patches, patch_size, image_size))
+
+
 def resolve_patch_grid(
-    resolution: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int], name: str = "image_size"
+    resolution: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int], asked: str | None = None
 ) -> tuple[int, int]:
     """
     The patch grid of an image that is shrunk to a resolution.
@@ -119,7 +145,7 @@ def resolve_patch_grid(
         resolution (`tuple[int, int]`): (height, width) in pixels.
         image_size (`tuple[int, int]`): (height, width) of the vision tower's own images.
         patch_size (`tuple[int, int]`): (height, width) of a patch, or of the blocks of patches that make one feature.
-        name (`str`, *optional*, defaults to `"image_size"`): The argument to name in errors.
+        asked (`str`, *optional*): The argument and its value, for errors. Defaults to `image_size`.
 
     Raises:
         ValueError: If a side is no multiple of the patch, or larger than the tower's own.
@@ -128,8 +154,8 @@ def resolve_patch_grid(
     if resolution != image_size and not all(0 < side <= own and side % patch == 0 for side, own, patch in sides):
         nearest = [own if side >= own else max(round(side / patch), 1) * patch for side, own, patch in sides]
         raise ValueError(
-            f"`{name}`={format_size(resolution)}: an image is seen at {format_size(image_size)} pixels, the vision "
-            f"tower's own, or shrunk to multiples of the patch ({format_size(patch_size)}). Nearest: "
+            f"{asked or f'`image_size`={format_size(resolution)}'}: an image is seen at {format_size(image_size)} "
+            f"pixels, the largest size, or shrunk to multiples of the patch ({format_size(patch_size)}). Nearest: "
             f"{format_size(nearest)}."
         )
     return tuple(side // patch for side, _, patch in sides)
@@ -287,7 +313,7 @@ def resolve_vision_tokens(
             The resolution for all images.
         image_shapes (sequence of `tuple[int, int]`, *optional*):
             (height, width) of each image: an integer count is then matched to the image's shape
-            ([`match_vision_token_grid`]) in place of a square.
+            ([`match_vision_token_grid`]) in place of a square, and with a NaFlex tower the resolution as well.
         num_tiles (sequence of `int`, *optional*):
             Number of tiles of each image. A list of counts may then have one entry per image or one per tile.
 
@@ -326,13 +352,23 @@ def resolve_vision_tokens(
     grids, resolutions = [], []
     for i, (choice, entry) in enumerate(zip(choices, names)):
         count, resolution = split_choice(choice, image_size, entry)
-        patch_grid = config.patch_grid
+        patch_grid, shape = config.patch_grid, None if image_shapes is None else tuple(image_shapes[i])
         if resolution is not None:
-            patch_grid = config.patch_grid_at(resolution, entry if isinstance(choice, str) else "image_size")
-        if image_shapes is None or isinstance(count, tuple):
-            grids.append(resolve_vision_token_grid(count, patch_grid, entry))
+            asked = f"`{entry}`={choice!r}" if isinstance(choice, str) else None
+            patch_grid = config.patch_grid_at(resolution, asked)
+        if shape is None or isinstance(count, tuple):
+            grid = resolve_vision_token_grid(count, patch_grid, entry)
         else:
-            grids.append(match_vision_token_grid(count, tuple(image_shapes[i]), patch_grid, entry))
+            grid = match_vision_token_grid(count, shape, patch_grid, entry)
+        if resolution is None and shape is not None and config.max_num_patches is not None:
+            most, size = max(config.max_num_patches, math.prod(grid)), tuple(config.image_size)
+            block = tuple(side // patches for side, patches in zip(size, patch_grid))
+            resolution = follow_shape(shape, most, size, block)
+            patch_grid = config.patch_grid_at(resolution)
+            if isinstance(count, tuple):
+                resolve_vision_token_grid(count, patch_grid, entry)
+            grid = tuple(map(min, grid, patch_grid))
+        grids.append(grid)
         resolutions.append(resolution)
     return grids, resolutions
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .choices_tokenflex import (
     as_pair,
     check_vision_token_weights,
+    follow_shape,
     format_size,
     resolve_patch_grid,
     resolve_vision_tokens,
@@ -175,6 +176,12 @@ class TokenFlexConfig(PreTrainedConfig):
         if is_siglip and getattr(self.vision_config, "vision_use_head", True):  # transformers 5.18 does not name it
             self.vision_config = copy.deepcopy(self.vision_config)
             self.vision_config.vision_use_head = False
+        patches = 1 if self.max_num_patches is None else self.vision_config.num_patches
+        if patches != math.isqrt(patches) ** 2:
+            raise ValueError(
+                f"`vision_config.num_patches`={patches}: a NaFlex tower's position embeddings form a square, such as "
+                f"{math.isqrt(patches) ** 2}."
+            )
         known = count_prefix_tokens(self.vision_config)
         if self.num_prefix_tokens is None:
             self.num_prefix_tokens = known
@@ -213,9 +220,20 @@ class TokenFlexConfig(PreTrainedConfig):
     @property
     def image_size(self) -> tuple[int, int]:
         """`tuple[int, int]`: Height and width in pixels of the images that the model takes."""
-        if self.vision_config.model_type == NAFLEX:  # a square in which an image of any shape has its resolution
+        if self.max_num_patches is not None:  # a square in which an image of any shape has its resolution
             return tuple(2 * math.isqrt(self.vision_config.num_patches) * patch for patch in self.patch_size)
         return as_pair(self.vision_config.image_size)
+
+    @property
+    def max_num_patches(self) -> int | None:
+        """`int`, *optional*: The patches, or blocks of them, that a NaFlex tower sees an image of any shape as."""
+        is_naflex = self.vision_config.model_type == NAFLEX
+        return self.vision_config.num_patches // self.downsample_factor**2 if is_naflex else None
+
+    @property
+    def own_resolution(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Height and width in pixels that the vision tower sees a square image at by itself."""
+        return self._in_shape((1, 1)) if self.max_num_patches else self.image_size
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -223,13 +241,17 @@ class TokenFlexConfig(PreTrainedConfig):
         blocks = (patch * self.downsample_factor for patch in self.patch_size)
         return tuple(side // block for side, block in zip(self.image_size, blocks))
 
-    def patch_grid_at(self, resolution: tuple[int, int], name: str = "image_size") -> tuple[int, int]:
+    def _in_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
+        blocks = tuple(patch * self.downsample_factor for patch in self.patch_size)
+        return follow_shape(grid, max(self.max_num_patches, math.prod(grid)), self.image_size, blocks)
+
+    def patch_grid_at(self, resolution: tuple[int, int], asked: str | None = None) -> tuple[int, int]:
         """
         The patch grid of an image that is shrunk to a resolution.
 
         Args:
             resolution (`tuple[int, int]`): (height, width) in pixels.
-            name (`str`, *optional*, defaults to `"image_size"`): The argument to name in errors.
+            asked (`str`, *optional*): The argument and its value, for errors. Defaults to `image_size`.
 
         Raises:
             ValueError: If a side is no multiple of the patch or too large, or the tower takes no smaller images.
@@ -238,17 +260,18 @@ class TokenFlexConfig(PreTrainedConfig):
             kind, (height, width) = self.vision_config.model_type, self.image_size
             if kind not in INTERPOLATION or (height != width and kind != "dinov3_vit"):
                 raise ValueError(
-                    f"`{name}`={format_size(resolution)}: a vision tower of type {kind!r} for images of "
-                    f"{height}x{width} pixels takes no others. Square towers that do: {', '.join(INTERPOLATION)}."
+                    f"{asked or f'`image_size`={format_size(resolution)}'}: a vision tower of type {kind!r} for "
+                    f"images of {height}x{width} pixels takes no others. Square towers that do: "
+                    f"{', '.join(INTERPOLATION)}."
                 )
         blocks = tuple(patch * self.downsample_factor for patch in self.patch_size)
-        return resolve_patch_grid(resolution, self.image_size, blocks, name)
+        return resolve_patch_grid(resolution, self.image_size, blocks, asked)
 
     def resolution_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """
         The resolution that goes with a grid where none is asked for: the largest of those `vision_token_choices` that
-        have as many tokens, else the tower's own. That of a NaFlex tower has the grid's shape, and as many patches as
-        its config says, or more where the grid has more.
+        have as many tokens, else the tower's own. A NaFlex tower, which sees images in the shapes that come with them,
+        takes the grid's shape for the image's where none does.
 
         Args:
             grid (`tuple[int, int]`): (rows, columns) of the vision tokens.
@@ -256,12 +279,7 @@ class TokenFlexConfig(PreTrainedConfig):
         Returns:
             `tuple[int, int]`: (height, width) in pixels.
         """
-        fitting, own = [], self.image_size
-        if self.vision_config.model_type == NAFLEX:
-            (rows, columns), factor = grid, self.downsample_factor
-            patches = max(self.vision_config.num_patches // factor**2, rows * columns)
-            shape = math.isqrt(patches * rows // columns), math.isqrt(patches * columns // rows)
-            own = tuple(min(n * patch * factor, side) for n, patch, side in zip(shape, self.patch_size, own))
+        fitting, own = [], self._in_shape(grid) if self.max_num_patches else self.image_size
         for choice in self.vision_token_choices:
             count, resolution = split_choice(choice)
             resolution = resolution or own

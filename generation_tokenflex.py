@@ -100,16 +100,20 @@ class TokenFlexGenerationMixin(GenerationMixin):
             `torch.Tensor` of shape `(batch_size, hidden_size)`, in float32.
 
         Raises:
-            ValueError: If a prompt has no text.
+            ValueError: If a prompt has no text, or the mask another shape.
         """
-        pad_token_id = _padding({}, (self.generation_config,))
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids) if pad_token_id is None else input_ids != pad_token_id
-        is_text = attention_mask.bool() & (input_ids != self.config.image_token_id)
-        if is_text.shape != input_ids.shape or not is_text.any(-1).all():
+            attention_mask = _mask_padding(input_ids, _padding({}, (self.generation_config,)))
+        if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                "`num_vision_tokens`='auto' reads each prompt's text, but a row of `input_ids` "
-                f"{tuple(input_ids.shape)} and `attention_mask` {tuple(attention_mask.shape)} has none: name a count."
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}: `num_vision_tokens`='auto' takes one of "
+                f"the shape of `input_ids`, {tuple(input_ids.shape)}."
+            )
+        is_text = attention_mask.bool() & (input_ids != self.config.image_token_id)
+        if not is_text.any(-1).all():
+            raise ValueError(
+                "`num_vision_tokens`='auto' reads each prompt's text, but row "
+                f"{is_text.any(-1).tolist().index(False)} of `input_ids` has none: name a count."
             )
         texts = [row[kept] for row, kept in zip(input_ids, is_text)]
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
@@ -149,11 +153,13 @@ class TokenFlexGenerationMixin(GenerationMixin):
         tolerance = chooser["tolerance"] if tolerance is None else tolerance
         return smallest_sufficient(chances, chooser["choices"], tolerance)
 
-    def _choose_counts(self, prompt: dict) -> tuple[list | None, list | None]:
+    def _choose_counts(self, prompt: dict, pad_token_id: int | None) -> tuple[list | None, list | None]:
         """The choice of each image, and of each prompt, 0 for one without images; `None` where there are none."""
         if not count_images(prompt):
             return None, None
-        chosen, input_ids = self.choose_vision_tokens(**prompt), prompt["input_ids"]
+        input_ids, mask = prompt["input_ids"], prompt.get("attention_mask")
+        mask = _mask_padding(input_ids, pad_token_id) if mask is None else mask
+        chosen = self.choose_vision_tokens(input_ids, attention_mask=mask)
         first = first_placeholders(input_ids, encoded_grids(prompt, self.config), self.config.image_token_id)
         rows = (first // input_ids.shape[1]).tolist()
         return [chosen[row] for row in rows], [n if row in rows else 0 for row, n in enumerate(chosen)]
@@ -239,7 +245,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
 
         prompt, chosen = {**kwargs, "input_ids": input_ids}, None
         if num_vision_tokens == "auto":
-            num_vision_tokens, chosen = self._choose_counts(prompt)
+            num_vision_tokens, chosen = self._choose_counts(prompt, _padding(kwargs, configs))
         if cached:
             self._keep_new_images(prompt, num_vision_tokens, image_size, cache, cached)
         else:
@@ -427,6 +433,10 @@ def _padding(kwargs: dict, configs: tuple) -> int | None:
     pad_token_id, ends = (_said(name, kwargs, *configs) for name in ("pad_token_id", "eos_token_id"))
     ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
     return None if pad_token_id in ends else pad_token_id
+
+
+def _mask_padding(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.LongTensor:
+    return torch.ones_like(input_ids) if pad_token_id is None else (input_ids != pad_token_id).long()
 
 
 def _run_lengths(is_image: torch.BoolTensor) -> list[list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .choices_tokenflex import resolve_vision_token_grid, resolve_vision_tokens
+from .choices_tokenflex import format_size, resolve_vision_token_grid, resolve_vision_tokens
 
 
 # The value of new positions in a re-counted or re-padded row, per tensor that runs along the sequence.
@@ -143,7 +143,7 @@ def encoded_resolutions(inputs: Mapping, num_images: int, config) -> list[tuple[
     resolutions = [tuple(size) if any(size) else None for size in resolutions.tolist()]
     for resolution in dict.fromkeys(resolutions):
         if resolution is not None:
-            config.patch_grid_at(resolution, "image_resolutions")
+            config.patch_grid_at(resolution, f"`image_resolutions`={format_size(resolution)}")
     return resolutions
 
 

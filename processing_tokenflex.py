@@ -126,6 +126,8 @@ class TokenFlexProcessor(ProcessorMixin):
             The fewest and most tiles of an image, thumbnail not counted.
         image_size (`list[int]`, *optional*):
             Height and width in pixels of the tower's images. Default to the image processor's `size`.
+        max_num_patches (`int`, *optional*):
+            The patches that a NaFlex tower sees an image as; with `match_aspect_ratio` it then sees it in its shape.
         image_token (`str`, *optional*):
             The token that stands for an image in prompts, and is repeated. Defaults to the tokenizer's.
         image_start, image_end (`str`, *optional*, default to `""`):
@@ -165,6 +167,7 @@ class TokenFlexProcessor(ProcessorMixin):
         min_patches=1,
         max_patches=12,
         image_size=None,
+        max_num_patches=None,
         image_token=None,
         image_start="",
         image_end="",
@@ -203,7 +206,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 f"Smaller ones are asked for with each call, or by default with `num_vision_tokens`='64@{image_size}'."
             )
         self.image_size = [size["height"], size["width"]] if image_size is None else image_size
-        self.patch_size = patch_size
+        self.patch_size, self.max_num_patches = patch_size, max_num_patches
         if num_vision_tokens is None:
             num_vision_tokens = min(16, *self.patch_grid) ** 2
         # JSON has no tuples: a saved (rows, columns) comes back as a list.
@@ -219,18 +222,18 @@ class TokenFlexProcessor(ProcessorMixin):
         """`tuple[int, int]`: Rows and columns of the features that are pooled to vision tokens."""
         return self.patch_grid_at(tuple(self.image_size))
 
-    def patch_grid_at(self, resolution: tuple[int, int], name: str = "image_size") -> tuple[int, int]:
+    def patch_grid_at(self, resolution: tuple[int, int], asked: str | None = None) -> tuple[int, int]:
         """
         The patch grid of an image that the model shrinks to a resolution.
 
         Args:
             resolution (`tuple[int, int]`): (height, width) in pixels.
-            name (`str`, *optional*, defaults to `"image_size"`): The argument to name in errors.
+            asked (`str`, *optional*): The argument and its value, for errors. Defaults to `image_size`.
 
         Raises:
             ValueError: If a side is no multiple of the patch, or larger than the tower's own.
         """
-        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size), name)
+        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size), asked)
 
     @property
     def tiler(self) -> GotOcr2ImageProcessorPil:
@@ -247,7 +250,8 @@ class TokenFlexProcessor(ProcessorMixin):
         names = [*self.tokenizer.model_input_names, "pixel_values", "vision_token_grids"]
         names += ["image_shapes"] if self.match_aspect_ratio else []
         names += ["num_tiles"] if self.crop_to_patches else []
-        names += ["image_resolutions"] if isinstance(self.num_vision_tokens, str) else []
+        in_shapes = self.match_aspect_ratio and self.max_num_patches is not None
+        names += ["image_resolutions"] if in_shapes or isinstance(self.num_vision_tokens, str) else []
         return list(dict.fromkeys(names))
 
     def count_vision_tokens(

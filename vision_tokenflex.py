@@ -1,6 +1,5 @@
 """From images to the language model: the vision tower, pooling of its patches to a chosen grid, and a connector."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -84,7 +83,7 @@ def cut_patches(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tupl
     (num_images, channels, height, width), (tall, wide) = pixel_values.shape, patch_size
     rows, columns = height // tall, width // wide
     patches = pixel_values.reshape(num_images, channels, rows, tall, columns, wide).permute(0, 2, 4, 3, 5, 1)
-    shapes = torch.tensor([[rows, columns]], device=pixel_values.device).expand(num_images, 2)
+    shapes = torch.tensor([[rows, columns]] * num_images, device="cpu").view(-1, 2)
     return patches.reshape(num_images, rows * columns, -1), shapes
 
 
@@ -278,15 +277,15 @@ class TokenFlexVisionMixin:
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
                 f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
             )
-        patch_grid = config.patch_grid
-        if resolution is not None and resolution != config.image_size:
-            patch_grid = config.patch_grid_at(resolution)
+        resolution = resolution or config.own_resolution
+        patch_grid = config.patch_grid_at(resolution)
+        if resolution != config.image_size:
             kwargs |= INTERPOLATION[config.vision_config.model_type]
             options = {"mode": "bicubic", "antialias": True}
             pixel_values = nn.functional.interpolate(pixel_values.float(), resolution, **options)
         if config.vision_config.model_type == NAFLEX:
             pixel_values, kwargs["spatial_shapes"] = cut_patches(pixel_values, config.patch_size)
-            kwargs["pixel_attention_mask"] = torch.ones(pixel_values.shape[:2], device=pixel_values.device)
+            kwargs["pixel_attention_mask"] = None  # all images have as many patches
         if layers != -1:
             kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
@@ -336,7 +335,7 @@ class TokenFlexVisionMixin:
                 f"The patch features are {patch_features[0].shape[-1]} wide, but this model's vision tower makes "
                 f"{width}: keep features, and draft with an assistant, of a model with the same tower."
             )
-        sizes = list(image_resolutions or [self.config.image_size] * len(grids))
+        sizes = list(image_resolutions or [self.config.own_resolution] * len(grids))
         features = self.multi_modal_projector(patch_features, grids, [self.config.patch_grid_at(s) for s in sizes])
         if len(set(grids)) > 1:
             features = list(features.split([rows * columns for rows, columns in grids]))
@@ -363,12 +362,13 @@ class TokenFlexVisionMixin:
         Raises:
             ValueError: If an image was kept at other resolutions only.
         """
-        own = self.config.image_size
+        own = self.config.own_resolution
         held = [list(k.get("image_resolutions") or [own] * len(k.last_hidden_state)) for k in kept]
         sources = [[k for k, of in enumerate(held) if of[i : i + 1] == [size]] for i, size in enumerate(sizes)]
         for i, (source, size) in enumerate(zip(sources, sizes)):
             if not source:
-                count, known = math.prod(grids[i]), [format_size(of[i]) for of in held]
+                (rows, columns), known = grids[i], [format_size(of[i]) for of in held if of[i]]
+                count = rows * columns if rows == columns else f"{rows}x{columns}"
                 raise ValueError(
                     f"`mm_encoder_outputs` holds image {i} as seen at {', '.join(known)} pixels, but at {count} "
                     f"vision tokens it is seen at {format_size(size)}: give `pixel_values`, a list of features that "

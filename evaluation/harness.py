@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from ..checkpoints.adapters import load_processor
-from ..choices_tokenflex import NAMED_COUNTS, count_tokens, resolve_named_count, sort_choices
+from ..choices_tokenflex import NAMED_COUNTS, resolve_named_count, sort_choices
 from ..data.images import decode_image, fetch, is_address
 from ..data.videos import expand_videos
 from ..inference.counts import parse_num_vision_tokens
 from ..inference.decoding import GREEDY
+from ..placeholders_tokenflex import at_count
 from .answers import mask_answers
 
 
@@ -137,8 +138,12 @@ class HarnessModel:
         prompt_tokens = inputs["attention_mask"].sum(-1)
         vision_tokens = (inputs["input_ids"] == self.processor.image_token_id).sum(-1)
         if is_auto and output.get("num_vision_tokens") is not None:
-            chosen = torch.as_tensor([count_tokens(choice) for choice in list(output.num_vision_tokens)])
-            answered_at = vision_tokens // count_tokens(smallest) * chosen.to(vision_tokens.device)
+            answered_at, chosen = torch.zeros_like(vision_tokens), output.num_vision_tokens
+            chosen = chosen.tolist() if isinstance(chosen, torch.Tensor) else chosen
+            for choice in set(chosen) - {0}:
+                asked = at_count(inputs, choice, self.model.config)["input_ids"] == self.processor.image_token_id
+                rows = torch.tensor([other == choice for other in chosen], device=asked.device)
+                answered_at[rows] = asked.sum(-1)[rows]
             # The text has been read to choose, and then with its images.
             prompt_tokens, vision_tokens = 2 * (prompt_tokens - vision_tokens) + answered_at, answered_at
         output_tokens = mask_answers(answers, self.model.generation_config.eos_token_id).sum(-1)

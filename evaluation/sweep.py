@@ -11,7 +11,7 @@ from ..choices_tokenflex import resolve_named_count
 from ..data.examples import Example, to_example
 from ..data.placing import place_images, tokenize_prompts
 from ..inference.decoding import GREEDY
-from ..placeholders_tokenflex import asked_grids
+from ..placeholders_tokenflex import TokenFlexImageOutput, asked_grids
 from .answers import normalize
 from .choices import find_choice
 from .metrics import get_metric, multiple_choice
@@ -153,16 +153,22 @@ def encode_questions(
                 asked["image_shapes"] = processed["image_shapes"][rows]
             if "num_tiles" in processed:
                 asked["num_tiles"] = tiles[used]
-            sizes = []
+            seen = {}  # by each resolution, the appearances of images
             for choice in choices:
                 grids, of_images = asked_grids(asked, choice, len(rows), model.config)
-                sizes += [size or model.config.resolution_for(grid) for grid, size in zip(grids, of_images)]
+                for i, (grid, size) in enumerate(zip(grids, of_images)):
+                    seen.setdefault(size or model.config.resolution_for(grid), {})[i] = int(rows[i])
             pixel_values, kept = processed["pixel_values"].to(model.device), []
-            for size in dict.fromkeys(sizes):
-                features = model.get_image_features(pixel_values, num_vision_tokens=1, image_size=size)
-                features.last_hidden_state = features.last_hidden_state[rows]
-                features.image_resolutions = [size] * len(rows)
-                kept.append(features)
+            for size, appearances in seen.items():
+                needed = list(dict.fromkeys(appearances.values()))
+                features = model.get_image_features(pixel_values[needed], num_vision_tokens=1, image_size=size)
+                places = {i: needed.index(row) for i, row in appearances.items()}
+                if len(places) == len(rows):
+                    states = features.last_hidden_state[[places[i] for i in range(len(rows))]]
+                else:
+                    states = [features.last_hidden_state[places[i]] if i in places else None for i in range(len(rows))]
+                sizes = [size if i in places else None for i in range(len(rows))]
+                kept.append(TokenFlexImageOutput(states, image_resolutions=sizes))
             inputs = place_images(inputs, {"mm_encoder_outputs": {"image": kept}, **asked}, processor)
         yield targets, inputs
         progress.update(len(batch))

@@ -47,6 +47,7 @@ def pristine_naflex(pristine):
     options = {
         "patch_size": processor.patch_size,
         "match_aspect_ratio": True,
+        "max_num_patches": 64,
         "chat_template": processor.chat_template,
     }
     processor = TokenFlexProcessor(image_processor, processor.tokenizer, config.num_vision_tokens, **options)

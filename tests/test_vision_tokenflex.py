@@ -143,7 +143,7 @@ def test_a_naflex_resolution_has_the_grids_shape_within_the_towers_patches(nafle
 
 
 def test_what_a_naflex_tower_cannot_see_is_refused(naflex):
-    with pytest.raises(ValueError, match="`num_vision_tokens`=128: .*seen at 64 pixels.* Nearest: 64"):
+    with pytest.raises(ValueError, match="`num_vision_tokens`='4@128': .*seen at 64 pixels.* Nearest: 64"):
         naflex.get_image_features(WIDE, "4@128")
     with pytest.raises(ValueError, match="`num_vision_tokens`=81.* Nearest: 64"):
         naflex.get_image_features(WIDE, 81)
@@ -229,7 +229,7 @@ def test_a_tower_without_interpolation_is_refused_by_name(kind, image_size, opti
     model = make_model(kind, image_size, **options)
     pixel_values = IMAGES if image_size == 32 else IMAGES[..., :16]
     with pytest.raises(
-        ValueError, match=f"`num_vision_tokens`=16: a vision tower of type '{kind}' .* Square towers that do: c"
+        ValueError, match=f"`num_vision_tokens`='1@16': a vision tower of type '{kind}' .* Square towers that do: c"
     ):
         model.get_image_features(pixel_values, "1@16")
     with pytest.raises(ValueError, match=f"a vision tower of type '{kind}'"):

@@ -12,7 +12,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..checkpoints.files import save_checkpoint
 from ..checkpoints.provenance import add_stage, public_names
 from ..choices_tokenflex import parse_choice, sort_choices
-from ..configuration_tokenflex import NAFLEX, TokenFlexConfig
+from ..configuration_tokenflex import TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
 from ..processing_tokenflex import TokenFlexProcessor
 from .pretrained import (
@@ -122,7 +122,8 @@ def build_from_towers(
     }
     if vision_token_choices is None and vision_token_weights is None:
         smallest = {"num_vision_tokens": 1, "vision_token_choices": [1], "vision_token_weights": [1.0]}
-        patch_grid = TokenFlexConfig(**parts, **smallest).patch_grid
+        config = TokenFlexConfig(**parts, **smallest)
+        patch_grid = config.patch_grid_at(config.own_resolution)
         vision_token_choices, vision_token_weights = default_vision_tokens(patch_grid)
         logger.info(f"`vision_token_choices` for the patch grid {patch_grid}: {vision_token_choices}")
     if num_vision_tokens is None:
@@ -135,9 +136,8 @@ def build_from_towers(
     )
     _check_vision_config(vision_tower, config)
     image_processor = load_image_processor(vision_tower, vision_config, config.image_size)
-    keeps_shapes = vision_config.model_type == NAFLEX
-    options = {"patch_size": config.patch_size[0], "match_aspect_ratio": keeps_shapes}
-    processor = TokenFlexProcessor(image_processor, tokenizer, num_vision_tokens, **options)
+    options = {"match_aspect_ratio": config.max_num_patches is not None, "max_num_patches": config.max_num_patches}
+    processor = TokenFlexProcessor(image_processor, tokenizer, num_vision_tokens, config.patch_size[0], **options)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

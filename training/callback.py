@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from ..choices_tokenflex import count_tokens, sort_choices
-from ..configuration_tokenflex import NAFLEX
+from ..choices_tokenflex import count_tokens, sort_choices, split_choice
 from ..data.examples import QUESTIONS
 from .schemes import NESTED, nested_loss
 
@@ -106,7 +105,8 @@ class VisionTokenCallback(TrainerCallback):
     def _check_resolutions(self, config):
         collator, choices = self.collator, self.collator.vision_token_choices
         sizes = config.resolutions_for(choices, "vision_token_choices")
-        keeps_shapes = config.vision_config.model_type == NAFLEX and collator.processor.match_aspect_ratio
+        keeps_shapes = config.max_num_patches is not None and collator.processor.match_aspect_ratio
+        keeps_shapes = keeps_shapes and not all(split_choice(choice)[1] for choice in choices)
         if not keeps_shapes and (len(sizes) == 1 or collator.scheme == "batch"):
             return
         if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -114,8 +114,8 @@ class VisionTokenCallback(TrainerCallback):
                 f"`scheme`={collator.scheme!r} with `vision_token_choices`={choices} and `match_aspect_ratio`="
                 f"{collator.processor.match_aspect_ratio} under FSDP or DeepSpeed: the vision tower runs once for "
                 "each resolution that a batch holds, and processes that share weights have to do alike. Use the "
-                "strategy `ddp`, or the scheme 'batch' or a single resolution, and with a NaFlex tower no "
-                "`match_aspect_ratio`."
+                "strategy `ddp`, or the scheme 'batch' or a single resolution, and with a NaFlex tower choices that "
+                "name it or a processor without `match_aspect_ratio`."
             )
 
     def _check_base(self, model):

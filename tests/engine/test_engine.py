@@ -159,7 +159,7 @@ def test_count_of_an_image_changes(engine, reference, compared, label):
     ("images", "options", "message"),
     [
         ([A], {"num_vision_tokens": 5, "match_aspect_ratio": False}, "`num_vision_tokens`=5"),
-        ([A], {"num_vision_tokens": "16@20"}, "`num_vision_tokens`=20"),
+        ([A], {"num_vision_tokens": "16@20"}, "`num_vision_tokens`='16@20'"),
         ([A], {"num_vision_tokens": [16, 4]}, "lists 2 entries for 1 images"),
         ([A], {"num_vision_tokens": "auto"}, "needs `tokenflex serve`"),
         ([A], {"num_vision_tokens": "lots"}, "`num_vision_tokens`='lots'"),

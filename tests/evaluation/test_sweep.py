@@ -234,3 +234,20 @@ def test_answers_are_the_likeliest_whatever_the_checkpoint_asks_for(tiny, rows, 
     for name, value in asked.items():
         setattr(model.generation_config, name, value)
     assert predict_quietly((model, processor), rows, COUNTS) == predictions
+
+
+def test_images_in_their_own_shapes_are_seen_once_and_answered_as_alone(pristine_naflex):
+    model, processor = pristine_naflex
+    rows = SyntheticVQA(4, 3, questions_per_image=2)
+    rows = [
+        {**rows[i], "image": rows[i]["image"].resize(size)}
+        for i, size in enumerate([(64, 64), (160, 60), (60, 200), (160, 60)])
+    ]
+    seen = []
+    hook = model.model.vision_tower.register_forward_hook(lambda _, args, output: seen.append(len(args[0])))
+    together = predict(model, processor, rows, [4, 10, 64], max_new_tokens=4, show_progress=False)
+    hook.remove()
+    assert sum(seen) == 4
+    for i, row in enumerate(rows):
+        alone = predict(model, processor, [row], [4, 10, 64], max_new_tokens=4, show_progress=False)
+        assert [p.predictions for p in together if p.index == i] == [p.predictions for p in alone]

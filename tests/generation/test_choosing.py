@@ -98,6 +98,13 @@ def test_a_choice_is_made_by_the_text_before_any_image_is_seen(chooser):
     )
     assert model.choose_vision_tokens(**right) == chosen
     assert model.choose_vision_tokens(inputs["input_ids"]) == chosen, "padding is known by its id"
+    del inputs["attention_mask"]
+    own, model.generation_config.pad_token_id = model.generation_config.pad_token_id, None
+    output = model.generate(
+        **inputs, num_vision_tokens="auto", pad_token_id=own, max_new_tokens=1, return_dict_in_generate=True
+    )
+    model.generation_config.pad_token_id = own
+    assert output.num_vision_tokens.tolist() == chosen
 
 
 def test_all_images_of_a_prompt_share_its_choice(chooser):
@@ -155,8 +162,11 @@ def test_what_cannot_be_chosen_is_refused(chooser, tiny):
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="no filled `past_key_values`"):
         model.generate(**inputs, past_key_values=output.past_key_values, num_vision_tokens="auto")
-    with pytest.raises(ValueError, match="reads each prompt's text, but a row of `input_ids` .2, 4. .* has none"):
+    with pytest.raises(ValueError, match="reads each prompt's text, but row 0 of `input_ids` has none"):
         model.choose_vision_tokens(torch.tensor([[model.config.image_token_id] * 4, [5] * 4]))
+    for shape in ((1, 4), (2, 5), (2, 1, 4, 4)):
+        with pytest.raises(ValueError, match="`attention_mask` has shape .* of `input_ids`, .2, 4."):
+            model.choose_vision_tokens(torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match="it takes `input_ids`"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 128), num_vision_tokens="auto")
 

@@ -161,13 +161,13 @@ def test_auto_chooses_among_pairs(chooser):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"num_vision_tokens": "16@20"}, "`num_vision_tokens`=20: .* Nearest: 16"),
+        ({"num_vision_tokens": "16@20"}, "`num_vision_tokens`='16@20': .* Nearest: 16"),
         ({"num_vision_tokens": "16@24"}, "`num_vision_tokens`=16: .* from 1 to 3 .* Nearest: 9"),
         ({"num_vision_tokens": 4, "image_size": 128}, "`image_size`=128: .* Nearest: 64"),
         ({"num_vision_tokens": "4@32", "image_size": 48}, "'4@32' and `image_size`=48 disagree"),
         ({"num_vision_tokens": "auto", "image_size": 48}, "`image_size`=48 with `num_vision_tokens`='auto'"),
         ({"num_vision_tokens": "4@"}, "'4@': give a number"),
-        ({"num_vision_tokens": ["4@32", "4@20"]}, r"`num_vision_tokens\[1\]`=20: .* Nearest: 16"),
+        ({"num_vision_tokens": ["4@32", "4@20"]}, r"`num_vision_tokens\[1\]`='4@20': .* Nearest: 16"),
     ],
 )
 def test_what_no_tower_can_see_is_refused(tiny, asked, message):

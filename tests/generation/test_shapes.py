@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tokenflex import at_count
 from tokenflex.checkpoints.files import save_checkpoint
 
 
@@ -57,20 +58,39 @@ def test_each_image_is_seen_in_its_shape(naflex):
     hook = model.model.vision_tower.register_forward_hook(
         lambda _, args, kwargs, output: seen.extend(map(tuple, kwargs["spatial_shapes"].tolist())), with_kwargs=True
     )
-    images = {name: inputs[name] for name in ("pixel_values", "vision_token_grids")}
-    sizes = model.get_image_features(**images).image_resolutions
+    sizes = list(map(tuple, inputs["image_resolutions"].tolist()))
+    answer(model, inputs)
     hook.remove()
     assert sorted((8 * rows, 8 * columns) for rows, columns in seen) == sorted(sizes)
     for (height, width), (tall, wide) in zip(SHAPES, sizes):
-        assert tall * wide <= 64 * 64 and abs(tall * width / (wide * height) - 1) < 0.25
+        assert 48 * 64 < tall * wide <= 64 * 64 and abs(tall * width / (wide * height) - 1) < 0.15
+    for count in (1, 4, 16, 64):
+        again = encode(processor, count)
+        assert torch.equal(again["image_resolutions"], inputs["image_resolutions"]), "its shape is the image's alone"
+        assert torch.equal(at_count(inputs, count, model.config)["image_resolutions"], again["image_resolutions"])
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (1, 1), (2, 3), (37, 801)])
+@pytest.mark.parametrize("count", [1, 10, 64, 100])
+def test_images_of_any_shape_have_at_most_the_tokens_asked_for(naflex, shape, count):
+    model, processor = naflex
+    image = IMAGES[0].resize(shape[::-1])
+    inputs = processor(images=image, text="<|image_pad|> hi", num_vision_tokens=count, return_tensors="pt")
+    number = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert 1 <= number <= count and processor.count_vision_tokens([shape], num_vision_tokens=count) == [number]
+    assert answer(model, inputs)[1].isfinite().all()
 
 
 def test_kept_features_serve_the_shapes_they_hold(naflex):
     model, processor = naflex
     inputs = encode(processor, 36)
-    expected, pixel_values = answer(model, inputs), inputs.pop("pixel_values")
-    kept = model.get_image_features(pixel_values, vision_token_grids=inputs["vision_token_grids"])
-    assert_same(answer(model, inputs, mm_encoder_outputs={"image": kept}, num_vision_tokens=36), expected)
+    pixel_values, resolutions = inputs.pop("pixel_values"), inputs["image_resolutions"]
+    kept = {"image": model.get_image_features(pixel_values, 1, image_resolutions=resolutions)}
+    for count in (4, 36, 64):
+        expected = answer(model, {**inputs, "pixel_values": pixel_values}, num_vision_tokens=count)
+        assert_same(answer(model, inputs, mm_encoder_outputs=kept, num_vision_tokens=count), expected)
+    with pytest.raises(ValueError, match="image 1 as seen at 88x40 pixels, but .* ask for '.*@88x40'"):
+        answer(model, inputs, mm_encoder_outputs=kept, num_vision_tokens=[4, "4@32", 4, 4])
 
 
 def test_it_is_the_same_once_saved_and_loaded(naflex, tmp_path):

@@ -29,6 +29,18 @@ def test_answer_is_the_one_that_generate_gives_at_that_count(tiny, image, encode
     assert answer.grid == (count**0.5, count**0.5)
 
 
+@pytest.mark.parametrize("count", [1, 10, 64])
+@pytest.mark.parametrize("shape", [(64, 64), (180, 60), (60, 200)])
+def test_an_image_is_asked_about_in_its_own_shape(pristine_naflex, image, encode, shape, count):
+    model, processor = pristine_naflex
+    image = image.resize(shape)
+    inputs = encode(processor, [image], QUESTION, num_vision_tokens=count)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    asked = comparison.ask(model, processor, image, QUESTION)
+    answer = comparison.answer_at(model, processor, asked, count, max_new_tokens=6)
+    assert answer.text == processor.decode(output, skip_special_tokens=True).strip()
+
+
 def test_first_token_is_timed_before_the_last(tiny, image, monkeypatch):
     model, processor = tiny
     ticks = iter(range(1000))
