@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "gguf": ["gguf>=0.19"],
         "liger": ["liger-kernel>=0.8"],
         "lora": ["peft>=0.21"],
         "metrics": ["evaluate>=0.4.6"],
@@ -56,6 +57,7 @@ setup(
             "av>=14.0",
             "evaluate>=0.4.6",
             "fastapi>=0.115",
+            "gguf>=0.19",
             "gradio>=6.31",
             "hypothesis>=6.100",
             "ipykernel>=7.4",

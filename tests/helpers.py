@@ -1,5 +1,8 @@
-"""Shared by tests: rows, batches of the tiny model's prompts, answers with their logits, a head that chooses."""
+"""Shared by tests: rows, batches of the tiny model's prompts, answers with their logits, a head that chooses, GGUF."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
@@ -114,3 +117,65 @@ def fill(model, inputs):
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     model(**inputs, past_key_values=cache, position_ids=position_ids)
     return cache
+
+
+def write_gguf(path, tokenizer, architecture="llama", without=(), more=()):
+    """A random Llama in blocks of eight bits and its tokenizer, as llama.cpp names their parts; returns the path."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, architecture)
+    width, inner, layers, heads, kv_heads = 32, 64, 2, 2, 1
+    writer.add_block_count(layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    kinds = gguf.TokenType
+    if "tokenizer" not in without:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        special = tokenizer.all_special_tokens
+        writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        if tokenizer.chat_template is not None:
+            writer.add_chat_template(tokenizer.chat_template)
+
+    shapes = {
+        **dict.fromkeys(more, (8,)),
+        "token_embd": (len(tokens), width),
+        "output": (len(tokens), width),
+        "output_norm": (width,),
+    }
+    for layer in range(layers):
+        kv_width = kv_heads * width // heads
+        shapes |= {
+            f"blk.{layer}.attn_norm": (width,),
+            f"blk.{layer}.attn_q": (width, width),
+            f"blk.{layer}.attn_k": (kv_width, width),
+            f"blk.{layer}.attn_v": (kv_width, width),
+            f"blk.{layer}.attn_output": (width, width),
+            f"blk.{layer}.ffn_norm": (width,),
+            f"blk.{layer}.ffn_gate": (inner, width),
+            f"blk.{layer}.ffn_up": (inner, width),
+            f"blk.{layer}.ffn_down": (width, inner),
+        }
+    random, blocks = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        if name in without:
+            continue
+        values = random.standard_normal(shape, dtype=np.float32) / 4
+        if len(shape) == 1:  # llama.cpp keeps norms as they are
+            writer.add_tensor(f"{name}.weight", 1 + values)
+        else:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, blocks), raw_dtype=blocks)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)

@@ -62,9 +62,9 @@ def build_from_towers(
         vision_tower (`str` or `Path`):
             Hub id or folder of the vision tower.
         language_model (`str` or `Path`):
-            Hub id or folder of the language model and its tokenizer. The tokenizer's image token, else
-            `<|image_pad|>`, becomes the placeholder and is added where it is missing; without a chat template, so are
-            the tokens of ChatML.
+            Hub id or folder of the language model and its tokenizer, or a GGUF file (also alone in a folder), which is
+            dequantized. The tokenizer's image token, else `<|image_pad|>`, becomes the placeholder and is added where
+            it is missing; without a chat template, so are the tokens of ChatML.
         num_vision_tokens (`int` or `str`, *optional*, defaults to the largest choice):
             The vision-token count per image when none is asked for.
         vision_token_choices (`list[int | str]`, *optional*):
@@ -151,8 +151,8 @@ def build_from_towers(
         causal_lm.generation_config, tokenizer, image_token_id, end_token_id
     )
     for part in (vision_config, text_config):
-        if Path(part.name_or_path).is_dir():
-            part.name_or_path = ""  # a folder of this machine is of no use in a checkpoint
+        if Path(part.name_or_path).exists():
+            part.name_or_path = ""  # a path of this machine is of no use in a checkpoint
     if tower.dtype != causal_lm.dtype:
         logger.warning(
             f"`vision_tower` is {tower.dtype}, `language_model` {causal_lm.dtype}: both are kept as they are, but "
@@ -196,8 +196,10 @@ def largest_shard(checkpoint: str | Path) -> int | None:
     The size in bytes of the largest file of a sharded checkpoint's weights; `None` where they are one file.
 
     Args:
-        checkpoint (`str` or `Path`): Folder or Hub id.
+        checkpoint (`str` or `Path`): Folder, Hub id or GGUF file.
     """
+    if Path(checkpoint).is_file():
+        return None
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         index = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
         if index is not None:
@@ -279,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Build a TokenFLEX checkpoint from a pretrained vision tower and language model.",
     )
     parser.add_argument("--vision_tower", required=True, help="Hub id or folder of the vision tower.")
-    parser.add_argument("--language_model", required=True, help="Hub id or folder of the language model.")
+    parser.add_argument("--language_model", required=True, help="Hub id, folder or GGUF file of the language model.")
     parser.add_argument("--output_dir", required=True, help="Folder for the checkpoint.")
     parser.add_argument("--num_vision_tokens", type=parse_choice, help="Default count. Default: the largest choice.")
     parser.add_argument(

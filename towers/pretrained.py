@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,11 +29,21 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, is_torchvision_available, logging
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    cached_file,
+    is_torchvision_available,
+    logging,
+)
 
 from ..configuration_tokenflex import NAFLEX, TokenFlexConfig
 from ..processing_tokenflex import IMAGE_TOKEN
 
+
+logger = logging.get_logger(__name__)
 
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 # Image mean and standard deviation of towers that come without a preprocessor config, as their authors publish them.
@@ -79,12 +90,15 @@ def read_text_config(checkpoint: str) -> PreTrainedConfig:
     The configuration of a text-only causal language model.
 
     Args:
-        checkpoint (`str`): Hub id or folder.
+        checkpoint (`str`): Hub id, folder, or GGUF file.
 
     Raises:
         ValueError: If it is something else.
     """
-    config = read_config("language_model", checkpoint)
+    folder, gguf = _find_gguf(checkpoint)
+    if gguf:
+        _read_gguf(checkpoint, folder, **gguf)
+    config = read_config("language_model", checkpoint, **gguf)
     if config.sub_configs or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = "has other parts than text" if config.sub_configs else "is no causal language model"
         raise ValueError(
@@ -122,21 +136,70 @@ def load_language_model(
     checkpoint: str, config: PreTrainedConfig, dtype: str | torch.dtype = "auto"
 ) -> PreTrainedModel:
     """
-    Loads a causal language model.
+    Loads a causal language model, that of a GGUF file dequantized.
 
     Args:
-        checkpoint (`str`): Hub id or folder.
+        checkpoint (`str`): Hub id, folder, or GGUF file.
         config (`PreTrainedConfig`): As [`read_text_config`] returns it.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): The dtype of its weights; `"auto"` keeps it.
 
     Raises:
         ValueError: If weights are missing.
     """
+    folder, gguf = _find_gguf(checkpoint)
+    options = {**gguf, "quantization_config": GgufConfig(dequantize=True)} if gguf else {}
     causal_lm, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint, config=config, dtype=dtype, output_loading_info=True
+        folder, config=config, dtype=dtype, output_loading_info=True, **options
     )
     refuse_missing("language_model", checkpoint, causal_lm, info)
+    if gguf:
+        tensors = _read_gguf(checkpoint, folder, **gguf).tensors
+        bits = 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_elements for tensor in tensors)
+        logger.warning(
+            f"`language_model`={checkpoint!r}: its weights, of {bits:.1f} bits on average, are dequantized to "
+            f"{causal_lm.dtype}; they stay as coarse as they were."
+        )
+        if any(tensor.name.startswith("rope_") for tensor in tensors):
+            logger.warning(
+                f"`language_model`={checkpoint!r} scales its rotary frequencies, as Llama 3.1 does, and transformers "
+                "reads none off GGUF files: answers will differ, to long texts most. Better give the checkpoint that "
+                "it was made from."
+            )
     return causal_lm
+
+
+def _find_gguf(checkpoint: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a language model: Hub id or folder, and the name of the GGUF file it is in."""
+    path, files = Path(checkpoint), []
+    if path.suffix == ".gguf" and path.is_file():
+        files = [path]
+    elif path.is_dir() and not (path / CONFIG_NAME).is_file():
+        files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(
+            f"`language_model`={checkpoint!r} holds {len(files)} GGUF files ({names}): name one of them, such as "
+            f"{str(files[0])!r}."
+        )
+    return (str(files[0].parent), {"gguf_file": files[0].name}) if files else (checkpoint, {})
+
+
+def _read_gguf(checkpoint: str, folder: str, gguf_file: str):
+    """The `gguf.GGUFReader` of a whole file."""
+    try:
+        from gguf import GGUFReader
+
+        return GGUFReader(Path(folder, gguf_file))
+    except ImportError:
+        raise ValueError(
+            f"`language_model`={checkpoint!r} needs the package that reads GGUF files: `pip install gguf`, or "
+            '`pip install "tokenflex[gguf]"`.'
+        ) from None
+    except Exception as error:  # readers raise whatever they like on damaged files
+        raise ValueError(
+            f"`language_model`={checkpoint!r}: {gguf_file} is no GGUF file, or not all of one: copy it once more. "
+            f"({error})"
+        ) from None
 
 
 def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int | None]:
@@ -145,7 +208,7 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int |
     comes without a chat template, and its end token for padding if it has no other.
 
     Args:
-        checkpoint (`str`): Hub id or folder.
+        checkpoint (`str`): Hub id, folder, or GGUF file.
 
     Returns:
         `tuple[PreTrainedTokenizerBase, int, int | None]`: The tokenizer, the image token's id, and the id of ChatML's
@@ -154,8 +217,14 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int, int |
     Raises:
         ValueError: If there is no tokenizer, or it has no token to pad with.
     """
+    folder, gguf = _find_gguf(checkpoint)
+    if gguf and Path(folder, FULL_TOKENIZER_FILE).exists():
+        raise ValueError(
+            f"`language_model`={checkpoint!r}: beside {FULL_TOKENIZER_FILE} transformers does not read the tokenizer "
+            "of a GGUF file. Move the GGUF file to a folder of its own."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
     except (OSError, ValueError) as error:
         raise ValueError(f"`language_model`={checkpoint!r} comes without a tokenizer: add one. ({error})") from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # the result of missing files
@@ -247,19 +316,20 @@ def _images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return ImagesOnly
 
 
-def read_config(argument: str, checkpoint: str) -> PreTrainedConfig:
+def read_config(argument: str, checkpoint: str, gguf_file: str | None = None) -> PreTrainedConfig:
     """
     The configuration of a checkpoint of transformers, whose weights are as they were trained.
 
     Args:
         argument (`str`): The argument to name in errors.
         checkpoint (`str`): Hub id or folder.
+        gguf_file (`str`, *optional*): The name of the GGUF file that it is, or that is in its folder.
 
     Raises:
         ValueError: If there is none, it is quantized, or it is a TokenFLEX checkpoint.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, gguf_file=gguf_file)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{argument}`={checkpoint!r} is not a checkpoint that transformers can read: give a Hub id, or a folder "

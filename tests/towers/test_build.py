@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import write_gguf
 from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,12 +16,14 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
 
 import tokenflex.towers.build
 from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.checkpoints.provenance import read_provenance
 from tokenflex.cli import main
 from tokenflex.towers.build import build_from_towers, default_vision_tokens, largest_shard
 from tokenflex.vision_tokenflex import cut_patches
@@ -493,6 +496,35 @@ def test_command_builds_and_keeps_the_sharding(save, tmp_path, capsys):
     assert largest_shard(tmp_path / "built") is None
     with pytest.raises(SystemExit, match="tokenflex build: `vision_tower`='nowhere'"):
         main(["build", "--vision_tower", "nowhere", *arguments[3:], "--output_dir", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_command_builds_from_a_gguf_file(save, tmp_path, caplog, dtype):
+    (tmp_path / "source").mkdir()
+    tokenizer = make_tokenizer(adds_bos=False)
+    file = write_gguf(tmp_path / "source" / "llama.gguf", tokenizer)
+    arguments = ["build", "--vision_tower", save("siglip"), "--output_dir", str(tmp_path / "built")]
+    main([*arguments, "--language_model", file, *(["--dtype", dtype] if dtype else [])])
+    assert "bits on average, are dequantized to" in caplog.text and "chat template" not in caplog.text
+    loaded = {"gguf_file": "llama.gguf", "quantization_config": GgufConfig(dequantize=True), "dtype": dtype or "auto"}
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source", **loaded)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "built")
+    processor = AutoProcessor.from_pretrained(tmp_path / "built")
+    text = processor.apply_chat_template(CHAT[:2])
+    inputs = processor(text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [tokenizer(text)["input_ids"]]
+    with torch.no_grad():
+        wanted = source(input_ids=inputs["input_ids"]).logits
+        assert torch.equal(model(**inputs).logits[..., : source.config.vocab_size], wanted)
+    assert model.dtype == source.dtype == getattr(torch, dtype or "float32")
+    assert read_provenance(tmp_path / "built")["base_models"][1] == "llama.gguf"
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "built").glob("*.json"))
+
+    (tmp_path / "part.gguf").write_bytes((tmp_path / "source" / "llama.gguf").read_bytes()[:-4000])
+    arguments[4] = str(tmp_path / "other")
+    with pytest.raises(SystemExit, match="tokenflex build: `language_model`=.*part.gguf is no GGUF file"):
+        main([*arguments, "--language_model", str(tmp_path / "part.gguf")])
     assert not (tmp_path / "other").exists()
 
 

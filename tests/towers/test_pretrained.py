@@ -1,9 +1,12 @@
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import assert_same_weights, write_gguf
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -12,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
+    GgufConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
@@ -113,6 +117,76 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     tokenflex = saved(tmp_path / "tokenflex", tiny_model_and_processor(width=32)[0])
     refused(tokenflex, "`language_model`=.* whole TokenFLEX checkpoint")
     refused(saved(tmp_path / "body", causal("qwen2").model), "lacks 1 weights.*'lm_head.weight'")
+    edit_config(tmp_path / "body", quantization_config={"quant_method": "awq"})
+    refused(str(tmp_path / "body"), "`language_model`=.* is quantized: give the checkpoint that it was made from")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_a_gguf_file_is_dequantized(tmp_path, caplog, named, dtype):
+    tokenizer = train_tokenizer(["which color?"])
+    file = write_gguf(tmp_path / "llama.gguf", tokenizer)
+    checkpoint = {"file": file, "folder": str(tmp_path)}[named]
+    model = load_language_model(checkpoint, read_text_config(checkpoint), dtype)
+    own = {"gguf_file": "llama.gguf", "quantization_config": GgufConfig(dequantize=True)}
+    assert_same_weights(
+        model.state_dict(), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **own).state_dict()
+    )
+    gguf = pytest.importorskip("gguf")
+    stored = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == "output.weight")
+    weight = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(model.lm_head.weight, weight.to(model.dtype))
+    wanted = torch.float32 if dtype == "auto" else torch.bfloat16
+    assert model.dtype == wanted
+    # Blocks of 32 weights are 34 bytes; few weights, those of norms, have 32 bits.
+    assert f"its weights, of 8.6 bits on average, are dequantized to {wanted}; they stay" in caplog.text
+    text = "which color? <|im_start|>a  b日本\n"
+    assert load_tokenizer(checkpoint)[0](text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_what_transformers_leaves_out_of_a_gguf_file_is_told(tmp_path, caplog):
+    for name, more in (("plain", []), ("scaled", ["rope_freqs"])):
+        file = write_gguf(tmp_path / f"{name}.gguf", train_tokenizer(["which color?"]), more=more)
+        load_language_model(file, read_text_config(file))
+        assert ("scales its rotary frequencies" in caplog.text) == bool(more)
+
+
+def test_a_gguf_file_beside_a_config_is_left_unread(tmp_path):
+    saved(tmp_path, causal("qwen2"))
+    write_gguf(tmp_path / "llama.gguf", train_tokenizer(["which color?"]))
+    assert read_text_config(str(tmp_path)).model_type == "qwen2"
+    assert read_text_config(str(tmp_path / "llama.gguf")).model_type == "llama"
+
+
+def test_a_gguf_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def refused(checkpoint, message):
+        with pytest.raises(ValueError, match="`language_model`='" + message):
+            config = read_text_config(checkpoint)
+            load_tokenizer(checkpoint)
+            load_language_model(checkpoint, config)
+
+    tokenizer = train_tokenizer(["which color?"])
+    file = write_gguf(tmp_path / "whole.gguf", tokenizer)
+    content = Path(file).read_bytes()
+    for folder, size in (("empty", 0), ("magic", 4), ("header", 1000), ("weights", len(content) - 4000)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.gguf").write_bytes(content[:size])
+        with pytest.raises(ValueError, match="a.gguf is no GGUF file, or not all of one: copy it once more"):
+            read_text_config(str(tmp_path / folder))
+    (tmp_path / "text.gguf").write_text("no model, but a long enough text")
+    with pytest.raises(ValueError, match="text.gguf is no GGUF file"):
+        read_text_config(str(tmp_path / "text.gguf"))
+    refused(str(tmp_path), r".* holds 2 GGUF files \(text.gguf, whole.gguf\): name one .*such as '.*text.gguf'")
+    refused(write_gguf(tmp_path / "rwkv.gguf", tokenizer, "rwkv6"), ".*not a checkpoint that.*rwkv6 is not supported")
+    refused(write_gguf(tmp_path / "short.gguf", tokenizer, without=["blk.1.ffn_up"]), ".* lacks 1 weights.*up_proj")
+    mute = write_gguf(tmp_path / "mute.gguf", tokenizer, without=["tokenizer"])
+    refused(mute, ".*mute.gguf' comes without a tokenizer")
+    refused(str(tmp_path / "nowhere.gguf"), ".*nowhere.gguf' is not a checkpoint that")
+    tokenizer.save_pretrained(tmp_path)
+    refused(file, ".*whole.gguf': beside tokenizer.json .* Move the GGUF file")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"whole.gguf' needs the package .*`pip install gguf`.*tokenflex\[gguf\]"):
+        read_text_config(file)
 
 
 def test_tokens_that_are_there_are_not_added(tmp_path):
