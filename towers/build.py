@@ -20,6 +20,7 @@ from .pretrained import (
     load_language_model,
     load_tokenizer,
     load_vision_tower,
+    quiet_loading,
     read_text_config,
     read_vision_config,
 )
@@ -146,7 +147,8 @@ def build_from_towers(
         model = _assemble(config, tower, causal_lm)
         num_tokens = max(image_token_id, end_token_id or 0) + 1
         if num_tokens > text_config.vocab_size:
-            model.resize_token_embeddings(num_tokens)
+            with quiet_loading():
+                model.resize_token_embeddings(num_tokens)
     model.generation_config = flexible_generation_config(
         causal_lm.generation_config, tokenizer, image_token_id, end_token_id
     )

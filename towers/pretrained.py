@@ -368,7 +368,7 @@ def refuse_missing(argument: str, checkpoint: str, model: PreTrainedModel, info:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keeps transformers from listing every weight of the parts that are left unread."""
+    """Keeps transformers from listing every weight that is left unread, and from explaining how new ones are drawn."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
