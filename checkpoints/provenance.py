@@ -86,6 +86,33 @@ def add_stage(provenance: dict, kind: str, **facts) -> dict:
     return {**provenance, "stages": [*provenance["stages"], stage]}
 
 
+def untrained_tokens(provenance: dict) -> list[str]:
+    """
+    Tokens that building gave a language model and no stage has trained since.
+
+    Args:
+        provenance (`dict`): Provenance from [`read_provenance`].
+
+    Example:
+
+    ```python
+    >>> from tokenflex.checkpoints.provenance import add_stage, untrained_tokens
+
+    >>> built = add_stage({"base_models": [], "stages": []}, "new projector", new_tokens=["<|im_end|>"])
+    >>> aligned = add_stage(built, "training", frozen=["language_model"])
+    >>> untrained_tokens(aligned), untrained_tokens(add_stage(aligned, "training"))
+    (['<|im_end|>'], [])
+    ```
+    """
+    tokens = []
+    for stage in provenance["stages"]:
+        kept = "language_model" in stage.get("frozen", []) or "lora_rank" in stage
+        if stage["stage"] == "training" and not kept:
+            tokens = []
+        tokens = stage.get("new_tokens", tokens)
+    return tokens
+
+
 def public_names(sources: str | Sequence[str] | None) -> list[str]:
     """
     Data sets and checkpoints as others may read of them: of a local path only the last part.

@@ -16,6 +16,7 @@ from ..configuration_tokenflex import TokenFlexConfig
 from ..modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
 from ..processing_tokenflex import TokenFlexProcessor
 from .pretrained import (
+    CHATML_TOKENS,
     load_image_processor,
     load_language_model,
     load_tokenizer,
@@ -65,7 +66,7 @@ def build_from_towers(
         language_model (`str` or `Path`):
             Hub id or folder of the language model and its tokenizer, or a GGUF file (also alone in a folder), which is
             dequantized. The tokenizer's image token, else `<|image_pad|>`, becomes the placeholder and is added where
-            it is missing; without a chat template, so are the tokens of ChatML.
+            it is missing; without a chat template, so are the tokens of ChatML, which then have to be trained.
         num_vision_tokens (`int` or `str`, *optional*, defaults to the largest choice):
             The vision-token count per image when none is asked for.
         vision_token_choices (`list[int | str]`, *optional*):
@@ -155,6 +156,12 @@ def build_from_towers(
     for part in (vision_config, text_config):
         if Path(part.name_or_path).exists():
             part.name_or_path = ""  # a path of this machine is of no use in a checkpoint
+    if tokenizer.chat_template is None:
+        logger.warning(
+            f"`language_model`={language_model!r} comes without a chat template: chats are written with "
+            f"{' and '.join(CHATML_TOKENS)}, which it has to learn before its answers end: do not freeze "
+            "it throughout."
+        )
     if tower.dtype != causal_lm.dtype:
         logger.warning(
             f"`vision_tower` is {tower.dtype}, `language_model` {causal_lm.dtype}: both are kept as they are, but "
@@ -314,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = build_from_towers(**options)
     max_shard_size = max_shard_size or largest_shard(options["language_model"]) or "50GB"
     provenance = {"base_models": public_names([options["vision_tower"], options["language_model"]]), "stages": []}
-    provenance = add_stage(provenance, "new projector", seed=options["seed"])
+    new_tokens = CHATML_TOKENS if processor.tokenizer.chat_template is None else None
+    provenance = add_stage(provenance, "new projector", seed=options["seed"], new_tokens=new_tokens)
     save_checkpoint(output_dir, model, processor, max_shard_size, provenance=provenance)
     config, (rows, columns) = model.config, model.config.patch_grid
     print(  # noqa: T201

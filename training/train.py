@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..checkpoints.adapters import refuse_adapters
 from ..checkpoints.files import save_checkpoint
-from ..checkpoints.provenance import public_names, read_provenance
+from ..checkpoints.provenance import public_names, read_provenance, untrained_tokens
 from ..data.arguments import DataArguments, SourceArguments
 from ..data.loading import load_rows
 from .arguments import PARTS, EvaluationArguments, ModelArguments, TokenFlexTrainingArguments, find_recipe, read_recipe
@@ -137,6 +137,13 @@ def train(
         freeze_parts(model, frozen)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every weight that is trained has a gradient in every step
+    tokens = untrained_tokens(made)
+    if tokens and not model.get_input_embeddings().weight.requires_grad:
+        logger.warning(
+            f"{' and '.join(tokens)}, which chats are written with, are new to the language model and not trained "
+            "here: until they are, its answers do not end. Train it, now or in a later stage, without "
+            "`lora_rank` and with no `language_model` in `freeze`."
+        )
     if checkpoint is not None:
         check_same_model(checkpoint, model)
 

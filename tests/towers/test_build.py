@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import (
 
 import tokenflex.towers.build
 from tokenflex.checkpoints.files import save_checkpoint
-from tokenflex.checkpoints.provenance import read_provenance
+from tokenflex.checkpoints.provenance import read_provenance, untrained_tokens
 from tokenflex.cli import main
 from tokenflex.towers.build import build_from_towers, default_vision_tokens, largest_shard
 from tokenflex.vision_tokenflex import cut_patches
@@ -526,6 +527,20 @@ def test_command_builds_from_a_gguf_file(save, tmp_path, caplog, dtype):
     with pytest.raises(SystemExit, match="tokenflex build: `language_model`=.*part.gguf is no GGUF file"):
         main([*arguments, "--language_model", str(tmp_path / "part.gguf")])
     assert not (tmp_path / "other").exists()
+
+
+def test_tokens_that_have_to_be_trained_are_named(save, tmp_path, caplog, monkeypatch):
+    tokenizer = make_tokenizer(template=None, adds_bos=False)
+    file = write_gguf(tmp_path / "base.gguf", tokenizer)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logging.Logger.warning_once.cache_clear()  # what other tests have warned about counts as not said
+    arguments = ["build", "--vision_tower", save("siglip"), "--language_model", file]
+    main([*arguments, "--output_dir", str(tmp_path / "built")])
+    config = AutoConfig.from_pretrained(tmp_path / "built")
+    assert config.text_config.vocab_size == len(tokenizer) + 3  # those of chats, and the image token
+    assert "without a chat template: chats are written with <|im_start|> and <|im_end|>, which" in caplog.text
+    assert "multivariate normal distribution" not in caplog.text
+    assert untrained_tokens(read_provenance(tmp_path / "built")) == ["<|im_start|>", "<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tokenflex.checkpoints.files import save_checkpoint
+from tokenflex.checkpoints.provenance import add_stage, read_provenance, untrained_tokens
 from tokenflex.towers.tiny import tiny_model_and_processor
 from tokenflex.training.arguments import RECIPES
 from tokenflex.training.lora import merge_adapters
@@ -214,6 +215,22 @@ def test_adapters_train_and_are_merged_into_a_checkpoint(start, tmp_path):
         command(start, tmp_path / "other", "--lora_rank", "4", "--freeze", "vision_tower")
     with pytest.raises(ValueError, match="Give a `lora_rank`"):
         command(start, tmp_path / "other", "--load_in_4bit", "true")
+
+
+@pytest.mark.parametrize("keeping", [("--freeze", "language_model"), ("--lora_rank", "4")])
+def test_new_tokens_are_named_until_a_stage_trains_them(tmp_path, caplog, keeping):
+    built = add_stage({"base_models": [], "stages": []}, "new projector", new_tokens=["<|im_start|>", "<|im_end|>"])
+    save_checkpoint(tmp_path / "built", *tiny_model_and_processor(width=32), provenance=built)
+    warning, warned = "<|im_start|> and <|im_end|>, which chats are written with, are new", []
+    stages = [keeping, keeping, ("--freeze", "vision_tower"), keeping]
+    start = tmp_path / "built"
+    for number, options in enumerate(stages):
+        caplog.clear()
+        command(start, tmp_path / str(number), *options, steps=1)
+        warned.append(warning in caplog.text)
+        start = tmp_path / str(number) / "final"
+    assert warned == [True, True, False, False]
+    assert untrained_tokens(read_provenance(start)) == []
 
 
 def test_mixed_streamed_and_long_rows_train_from_the_command_line(start, tmp_path):
