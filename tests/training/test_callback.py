@@ -329,18 +329,22 @@ def test_the_plain_trainer_evaluates_with_metrics(narrow, tmp_path, steps):
     assert "eval_loss" in metrics
 
 
-@pytest.mark.parametrize("keeps_shapes", [True, False])
+@pytest.mark.parametrize(
+    ("keeps_shapes", "choices", "is_refused"),
+    [(True, [4, 16], True), (True, ["4@32", 16], True), (True, ["4@32", "16@32"], False), (False, [4, 16], False)],
+)
+@pytest.mark.parametrize("scheme", ["batch", "nested"])
 def test_images_in_their_own_shapes_are_refused_where_weights_are_shared_out(
-    narrow, tmp_path, monkeypatch, keeps_shapes
+    narrow, tmp_path, monkeypatch, keeps_shapes, choices, is_refused, scheme
 ):
     config, processor = copy.deepcopy(narrow[0].config), copy.deepcopy(narrow[1])
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config.vision_config = Siglip2VisionConfig(**sizes, patch_size=8, num_patches=64)
     processor.match_aspect_ratio = keeps_shapes
-    collator = TokenFlexDataCollator(processor)
+    collator = TokenFlexDataCollator(processor, choices, [1, 1], scheme=scheme)
     state = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr("tokenflex.training.callback.AcceleratorState", lambda: state)
     args, model = TrainingArguments(str(tmp_path), use_cpu=True), TokenFlexForConditionalGeneration(config)
-    expected = pytest.raises(ValueError, match="`match_aspect_ratio`=True under FSDP") if keeps_shapes else None
-    with expected or contextlib.nullcontext():
+    refused = pytest.raises(ValueError, match="`match_aspect_ratio`=True under FSDP")
+    with refused if is_refused else contextlib.nullcontext():
         collator.callback.on_init_end(args, None, None, model=model)
