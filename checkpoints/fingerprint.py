@@ -67,6 +67,22 @@ def fingerprint(model, processor) -> dict[str, str]:
     }
 
 
+def fingerprint_tower(model, processor) -> dict[str, str]:
+    """
+    Fingerprints of all on which the vision tower's features of an image depend; arguments as for [`fingerprint`].
+
+    Returns:
+        `dict[str, str]`: Of the tower's `weights`, of what the `config` says of it, and of the `image_processor`.
+    """
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    names = ("vision_config", "vision_feature_layer", "num_prefix_tokens", "downsample_factor")
+    return {
+        "weights": _of_tensors(model.model.vision_tower.state_dict().values()),
+        "config": digest(_without_varying({name: config[name] for name in names})),
+        "image_processor": digest(_without_varying(processor.image_processor.to_dict())),
+    }
+
+
 def fingerprint_checkpoint(checkpoint: str | Path) -> dict[str, str]:
     """
     Fingerprints of a saved checkpoint, which are those of the model and processor that are loaded from it.

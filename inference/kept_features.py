@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -63,16 +63,11 @@ class KeptFeatures:
         Returns:
             [`TokenFlexImageOutput`]: With `last_hidden_state` and `image_resolutions`, for `mm_encoder_outputs`.
         """
-        keys = list(zip(_digest(pixel_values), resolutions))
+        keys = list(zip(digest_images(pixel_values), resolutions))
         with self._lock:
             found = {key: self._kept[key] for key in keys if key in self._kept}
-            for size in dict.fromkeys(resolutions):
-                new = {key: i for i, key in enumerate(keys) if key not in found and key[1] == size}
-                if new:
-                    images = pixel_values[list(new.values())]
-                    features = self.model.get_image_features(images, 1, image_size=size, return_dict=True)
-                    # A row of a batch would keep the whole batch in memory.
-                    found.update((key, row.clone()) for key, row in zip(new, features.last_hidden_state))
+            new = {key: i for i, key in enumerate(keys) if key not in found}
+            found |= encode_new(self.model, pixel_values, new)
             for key in keys:
                 self._kept[key] = found[key]
                 self._kept.move_to_end(key)
@@ -83,7 +78,33 @@ class KeptFeatures:
         return TokenFlexImageOutput(last_hidden_state=features, image_resolutions=list(resolutions))
 
 
-def _digest(pixel_values: torch.Tensor) -> list[bytes]:
+def encode_new(
+    model, pixel_values: torch.Tensor, new: Mapping[tuple[bytes, tuple[int, int]], int]
+) -> dict[tuple[bytes, tuple[int, int]], torch.Tensor]:
+    """
+    Runs the vision tower, once for each resolution.
+
+    Args:
+        model ([`TokenFlexForConditionalGeneration`]): The model.
+        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): The images.
+        new (`Mapping[tuple[bytes, tuple[int, int]], int]`): The place in `pixel_values` of each image to be encoded,
+            by its digest and its resolution.
+
+    Returns:
+        `dict[tuple[bytes, tuple[int, int]], torch.Tensor]`: Features of shape `(num_patches, vision_feature_size)`.
+    """
+    features = {}
+    for size in dict.fromkeys(size for _, size in new):
+        members = {key: i for key, i in new.items() if key[1] == size}
+        images = pixel_values[list(members.values())]
+        output = model.get_image_features(images, 1, image_size=size, return_dict=True)
+        # A row of a batch would keep the whole batch in memory.
+        features.update((key, row.clone()) for key, row in zip(members, output.last_hidden_state))
+    return features
+
+
+def digest_images(pixel_values: torch.Tensor) -> list[bytes]:
+    """The SHA-256 of each image's pixels, their dtype and shape."""
     images = pixel_values.detach().cpu().contiguous()
     kind = f"{images.dtype} {tuple(images.shape[1:])}".encode()
     return [hashlib.sha256(kind + image.view(torch.uint8).numpy().tobytes()).digest() for image in images]
