@@ -109,6 +109,14 @@ class TokenFlexTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Put the samples of a micro-batch behind each other into as few rows as they fit."},
     )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep the features of a frozen vision tower in, so that it sees each image once, "
+            "whatever the number of epochs and runs. An image takes num_patches * width * bytes of its dtype for each "
+            "resolution."
+        },
+    )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "The vision tower's peak learning rate. Default: `learning_rate`."}
     )

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..choices_tokenflex import count_tokens, sort_choices, split_choice
 from ..data.examples import QUESTIONS
+from .feature_cache import FeatureCache, check_frozen
 from .schemes import NESTED, nested_loss
 
 
@@ -56,6 +57,7 @@ class VisionTokenCallback(TrainerCallback):
         counted = ("tokens", "vision_tokens", "images", "skipped_rows", "truncated_rows", "training_seconds")
         self.totals = dict.fromkeys(counted, 0)
         self._since = 0.0
+        self._features = None
         self._places = None
         self._rows = None
         self._asked_base = None
@@ -100,6 +102,8 @@ class VisionTokenCallback(TrainerCallback):
         self._check_resolutions(config)
         if collator.distillation_from_base:
             self._check_base(model)
+        if collator.cache_features is not None:
+            self._check_features(model)
         self.args = args
 
     def _check_resolutions(self, config):
@@ -130,6 +134,15 @@ class VisionTokenCallback(TrainerCallback):
                 "images, and processes that share weights have to do alike. Use the strategy `ddp`, or leave it out."
             )
 
+    def _check_features(self, model):
+        check_frozen(model)
+        if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`cache_features`={str(self.collator.cache_features)!r} under FSDP or DeepSpeed: the vision tower "
+                "runs where images are new, and processes that share weights have to do alike. Use the strategy "
+                "`ddp`, or leave it out."
+            )
+
     def refuse_removed_columns(self, rows: Sequence) -> None:
         """
         Raises:
@@ -151,6 +164,12 @@ class VisionTokenCallback(TrainerCallback):
                 'batch\'s images split unlike its prompts: set `accelerator_config={"dispatch_batches": False}`.'
             )
         self._adopt(args, model)
+        collator = self.collator
+        if collator.cache_features is not None:
+            precision = AcceleratorState().mixed_precision
+            self._features = FeatureCache(collator.cache_features, model, collator.processor, precision)
+            if state.is_world_process_zero:
+                self._features.say_size(collator.vision_token_choices)
         self._since = time.perf_counter()
         register_fsdp_forward_method(model, "get_image_features")  # evaluation calls it outside `forward`
         self._remove_hook(model)
@@ -284,9 +303,13 @@ class VisionTokenCallback(TrainerCallback):
         self.totals["images"] += 0 if grids is None else len(arranged["pixel_values"])
         self.totals["skipped_rows"] += skipped
         self.totals["truncated_rows"] += truncated
+        if self._features is not None:
+            arranged = self._features.serve(arranged)
+            if self._asked_base is not None:
+                self._asked_base = model, self._features.serve(self._asked_base[1])
         arranged.setdefault("use_cache", False)  # the language model's own default would keep keys and values
         return args, arranged
 
     def __getstate__(self):
-        of_this_process = ("_places", "_rows", "_asked_base")
+        of_this_process = ("_features", "_places", "_rows", "_asked_base")
         return {**self.__dict__, **dict.fromkeys(of_this_process)}

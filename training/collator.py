@@ -1,6 +1,7 @@
 """Batches for the Trainer: labels on answers only, one image behind several questions, the count drawn per step."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import ProcessorMixin
@@ -58,6 +59,9 @@ class TokenFlexDataCollator:
             With `scheme="distill"` and adapters, whether every count, the largest too, follows what the model without
             its adapters answers at the largest count, so that what it knew there is kept. It costs one more forward
             pass at that count.
+        cache_features (`str` or `Path`, *optional*):
+            Folder to keep the features of a frozen vision tower in, by a [`FeatureCache`]: images that come again do
+            without it.
 
     Raises:
         ValueError: If only one of choices and weights is given, they do not fit each other, or an argument is out of
@@ -93,6 +97,7 @@ class TokenFlexDataCollator:
         distillation_weight: float = 1.0,
         distillation_temperature: float = 1.0,
         distillation_from_base: bool = False,
+        cache_features: str | Path | None = None,
     ):
         if (vision_token_choices is None) != (vision_token_weights is None):
             raise ValueError(
@@ -129,6 +134,7 @@ class TokenFlexDataCollator:
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
         self.distillation_from_base = distillation_from_base
+        self.cache_features = cache_features
         self.check_distillation()
         self.callback = VisionTokenCallback(self)
         self._num_batches = 0
@@ -164,6 +170,7 @@ class TokenFlexDataCollator:
             distillation_weight=args.distillation_weight,
             distillation_temperature=args.distillation_temperature,
             distillation_from_base=args.distillation_from_base,
+            cache_features=args.cache_features,
         )
 
     def __call__(self, rows: Sequence[dict | Example]) -> dict[str, torch.Tensor]:
@@ -311,6 +318,11 @@ class TokenFlexDataCollator:
             raise ValueError(
                 f"`scheme`={self.scheme!r} changes the loss: give the Trainer `callbacks=[collator.callback]` and "
                 "`compute_loss_func=collator.callback.compute_loss`."
+            )
+        if self.cache_features is not None:
+            raise ValueError(
+                f"`cache_features`={str(self.cache_features)!r} needs to know the model: give the Trainer "
+                "`callbacks=[collator.callback]`."
             )
         if self._num_batches == 0:
             logger.warning(

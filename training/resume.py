@@ -23,7 +23,7 @@ DECISIVE = (
     "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "neftune_noise_alpha",
     "accelerator_config", "load_best_model_at_end", "world_size",
 )  # fmt: skip
-INDECISIVE = ("resume_from_checkpoint", "remove_unused_columns", "eval_max_new_tokens")
+INDECISIVE = ("cache_features", "resume_from_checkpoint", "remove_unused_columns", "eval_max_new_tokens")
 GROWING = ("num_train_epochs", "max_steps")  # a run may be prolonged
 STARTED, ENDED = "arguments.json", "finished.json"
 INCOMPLETE = ".incomplete"

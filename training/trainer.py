@@ -129,6 +129,11 @@ class TokenFlexTrainer(PublishingMixin, Trainer):
                 f"The arguments say `scheme`={args.scheme!r} and `packing`={args.packing}, the `data_collator` says "
                 f"{data_collator.scheme!r} and {data_collator.packing}: leave one of them out."
             )
+        elif args.cache_features not in (None, data_collator.cache_features):
+            raise ValueError(
+                f"The arguments say `cache_features`={args.cache_features!r}, the `data_collator` says "
+                f"{data_collator.cache_features!r}: leave it out of the arguments."
+            )
         if isinstance(kwargs.get("eval_dataset"), IterableDataset):
             raise ValueError("`eval_dataset` is an iterable data set, which has no length: load it without streaming.")
         self.vision_tokens = data_collator.callback

@@ -159,6 +159,14 @@ class Runs:
         except ValueError as error:
             (self.folder / "pairs-nested.error").write_text(str(error))
 
+    def features(self):
+        options = {"max_steps": 3, "frozen": ["vision_tower"], "gradient_checkpointing": True}
+        try:
+            for name in ("features-new", "features-kept"):
+                self.train(name, cache_features=str(self.folder / "features"), **options)
+        except ValueError as error:
+            (self.folder / "features.error").write_text(str(error))
+
     def evaluate(self):
         rows = [SyntheticVQA(5, 4, questions_per_image=1)[i] for i in range(5)]
         for i, given in enumerate(predict(self.model, self.processor, rows, [16], max_new_tokens=4)):

@@ -25,6 +25,7 @@ SCENARIOS = [
     "freeze",
     "adapters",
     "resolutions",
+    "features",
     "evaluate",
     "command",
 ]
@@ -116,6 +117,16 @@ def test_all_pairs_in_one_step_train_as_one_or_are_refused_where_weights_are_sha
         assert "`scheme`='nested' with `vision_token_choices`=" in (together / "pairs-nested.error").read_text()
     else:
         assert_same_training((alone, "pairs-nested"), (together, "pairs-nested"))
+
+
+def test_processes_keep_features_in_one_folder_or_are_refused_where_weights_are_shared_out(strategy, alone, together):
+    if strategy == "fsdp2":
+        assert "`cache_features`=" in (together / "features.error").read_text()
+        return
+    names = [{path.name for path in (folder / "features").rglob("*.safetensors")} for folder in (alone, together)]
+    assert names[0] == names[1] != set()
+    for name in ("features-new", "features-kept"):
+        assert_same_training((alone, "tower-frozen"), (together, name))
 
 
 @pytest.mark.parametrize("scheme", ["sample", "batch"])

@@ -186,6 +186,17 @@ def test_given_choices_are_the_ones_trained_at(narrow, tmp_path):
     assert seen and seen <= {9, 25}
 
 
+def test_a_run_may_go_on_with_kept_features_or_without(folder, tmp_path):
+    plain = ["--freeze", "vision_tower", "--save_strategy", "steps", "--save_steps", 2]
+    plain += ["--lr_scheduler_type", "constant"]
+    cached = [*plain, "--cache_features", tmp_path / "features"]
+    expected = load(train(folder, tmp_path / "plain", *plain, steps=6))[0].state_dict()
+    for name, parts in {"kept": (cached, cached), "begun": (cached, plain), "ended": (plain, cached)}.items():
+        for steps, options in zip((4, 6), parts):
+            final = train(folder, tmp_path / name, *options, steps=steps)
+        torch.testing.assert_close(load(final)[0].state_dict(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("muon", ["false", "true"])
 def test_resumed_command_equals_uninterrupted(folder, tmp_path, muon):
     options = ["--muon", muon, "--save_strategy", "steps", "--save_steps", 2]
