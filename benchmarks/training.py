@@ -1,13 +1,14 @@
 """
-The cost and gain of flexible token counts in training: time of sampled, nested and packed steps beside what they
-replace.
+The cost and gain of flexible token counts in training: time of sampled, nested and packed steps, and of steps on kept
+features, beside what they replace.
 
     python benchmarks/training.py --part all
     python benchmarks/training.py --part gpu
 
 Parts: `draw` sampled counts beside the largest alone; `nested` one step at all counts beside a step at each; `packing`
-packed beside padded rows; `table` speed and memory at each count; `gpu` that table and model FLOPs utilization for
-SigLIP-so400m and Qwen2.5-1.5B in bfloat16, on CUDA only. `all` is the first four.
+packed beside padded rows; `table` speed and memory at each count; `features` kept features of a frozen tower beside
+the tower; `gpu` that table and model FLOPs utilization for
+SigLIP-so400m and Qwen2.5-1.5B in bfloat16, on CUDA only. `all` is all but the last.
 
 Weights are random, since only shapes decide what a step takes. What is compared is trained in turns, a step of each at
 a time over the same rows, so that a busy machine slows all alike: read the ratios. Times are of whole steps, with the
@@ -18,6 +19,7 @@ import argparse
 import copy
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +42,11 @@ from training_runs import (
 )
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex.training.train import freeze_parts
 
 
-STEPS = {"draw": 40, "nested": 6, "packing": 30, "table": 8, "gpu": 20}
-BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "gpu": 16}
+STEPS = {"draw": 40, "nested": 6, "packing": 30, "table": 8, "features": 6, "gpu": 20}
+BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "features": 2, "gpu": 16}
 RECIPE_BATCH_SIZE = 16  # of the embedded default
 H200_FLOPS = 989e12  # dense bfloat16, the vendor's figure
 SAMPLED = dict(zip(COUNTS, WEIGHTS))
@@ -288,6 +291,48 @@ def measure_table(
     return {"batch_size": batch_size, "text_tokens": round(text_tokens, 1), "variants": figures}
 
 
+def measure_features(shape: str, steps: int, warmup: int, batch_size: int, seed: int) -> dict:
+    """Steps behind a frozen tower, and steps on its features that an earlier epoch has kept, at each count."""
+    model, processor = build(shape, seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = make_rows(model, batch_size * (steps + warmup), seed)
+    options = {"per_device_train_batch_size": batch_size, "seed": seed}
+    figures = {}
+    for frozen in (["vision_tower"], ["vision_tower", "language_model"]):
+        freeze_parts(model, frozen)
+        for count in (16, *COUNTS):
+            with tempfile.TemporaryDirectory() as folder:
+                variant = {"choices": {count: 1.0}}
+                variants = {"tower": variant, "features": {**variant, "cache_features": folder}}
+                tower, kept = sharing_runs(model, processor, rows, variants, **options).values()
+                for row in rows:
+                    batch = kept.trainer.data_collator.collate([row])
+                    kept.trainer.vision_tokens._features.serve(kept.trainer._prepare_inputs(batch))
+                take_turns({"tower": tower, "features": kept}, steps, warmup)
+            trained = "projector" if "language_model" in frozen else "projector, language model"
+            figures[f"{trained}, {count}"] = {
+                "samples_per_second": {
+                    name: batch_size * steps / sum(run["seconds"]) for name, run in (("tower", tower), ("kept", kept))
+                },
+                "throughput_ratio": sum(tower["seconds"]) / sum(kept["seconds"]),
+                "throughput_ratio_per_step": summarize([a / b for a, b in zip(tower["seconds"], kept["seconds"])]),
+            }
+    print(f"\n{shape}, batch {batch_size}, {steps} steps of each")
+    print_table(
+        ["trained, vision tokens", "samples / s behind the tower", "on kept features", "ratio", "ratio per step"],
+        [
+            (
+                name,
+                *(f"{speed:.3f}" for speed in figure["samples_per_second"].values()),
+                f"{figure['throughput_ratio']:.2f}",
+                show(figure["throughput_ratio_per_step"], ".2f"),
+            )
+            for name, figure in figures.items()
+        ],
+    )
+    return figures
+
+
 def measure_gpu(shape: str, steps: int, warmup: int, batch_size: int, seed: int, workers: int) -> dict:
     """The table at the paper's tower and a language model of 1.5B, under bfloat16 autocast over float32 weights."""
     options = {"bf16": True, "dataloader_num_workers": workers}
@@ -344,6 +389,8 @@ def main(argv: list[str] | None = None) -> None:
             tiny = measure_table("tiny", **{**shared, "batch_size": RECIPE_BATCH_SIZE})
             large = shape("language-heavy")
             figures[part] = {"tiny": tiny, large: measure_table(large, **shared)}
+        elif part == "features":
+            figures[part] = measure_features(shape("ViT-S/14 + SmolLM2-135M"), **shared)
         else:
             figures[part] = measure_gpu(shape("so400m + Qwen2.5-1.5B"), **shared, workers=args.workers)
     report = json.dumps({**figures, **describe_machine(), "seed": args.seed})

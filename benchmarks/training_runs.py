@@ -37,6 +37,13 @@ SHAPES = {
     "language-heavy": {"tower": PROPORTIONAL_TOWER, "language_model": SMOLLM2_135M},
     "tower-heavy": {"tower": SIGLIP_BASE, "language_model": (256, 1024, 8, 4, 2)},
     "packing": {"tower": SMALL_TOWER, "language_model": (384, 1024, 8, 6, 2)},
+    "ViT-S/14 + SmolLM2-135M": {
+        "tower": (384, 1536, 12, 6),
+        "language_model": SMOLLM2_135M,
+        "image_size": 224,
+        "patch_size": 14,
+        "vocab_size": 49152,
+    },
     "so400m + Qwen2.5-1.5B": {
         "tower": (1152, 4304, 27, 16),
         "language_model": (1536, 8960, 28, 12, 2),
