@@ -27,6 +27,7 @@ import torch
 from training_runs import (
     COUNTS,
     WEIGHTS,
+    QuestionRows,
     Run,
     build,
     describe_machine,
@@ -49,6 +50,7 @@ STEPS = {"draw": 40, "nested": 6, "packing": 30, "table": 8, "features": 6, "gpu
 BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "features": 2, "gpu": 16}
 RECIPE_BATCH_SIZE = 16  # of the embedded default
 H200_FLOPS = 989e12  # dense bfloat16, the vendor's figure
+FEATURES = ((1, 16), (1, 64), (1, 256), (8, 16))  # images of a row, and the vision tokens of each
 SAMPLED = dict(zip(COUNTS, WEIGHTS))
 
 
@@ -292,15 +294,16 @@ def measure_table(
 
 
 def measure_features(shape: str, steps: int, warmup: int, batch_size: int, seed: int) -> dict:
-    """Steps behind a frozen tower, and steps on its features that an earlier epoch has kept, at each count."""
+    """Steps behind a frozen tower, and steps on its features that an earlier epoch has kept."""
     model, processor = build(shape, seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = make_rows(model, batch_size * (steps + warmup), seed)
     options = {"per_device_train_batch_size": batch_size, "seed": seed}
     figures = {}
     for frozen in (["vision_tower"], ["vision_tower", "language_model"]):
         freeze_parts(model, frozen)
-        for count in (16, *COUNTS):
+        for num_images, count in FEATURES:
+            num_rows, size = batch_size * (steps + warmup), model.config.image_size[0]
+            rows = QuestionRows(size, num_rows, seed, num_images=num_images)
             with tempfile.TemporaryDirectory() as folder:
                 variant = {"choices": {count: 1.0}}
                 variants = {"tower": variant, "features": {**variant, "cache_features": folder}}
@@ -310,7 +313,7 @@ def measure_features(shape: str, steps: int, warmup: int, batch_size: int, seed:
                     kept.trainer.vision_tokens._features.serve(kept.trainer._prepare_inputs(batch))
                 take_turns({"tower": tower, "features": kept}, steps, warmup)
             trained = "projector" if "language_model" in frozen else "projector, language model"
-            figures[f"{trained}, {count}"] = {
+            figures[f"{trained}, {num_images} x {count}"] = {
                 "samples_per_second": {
                     name: batch_size * steps / sum(run["seconds"]) for name, run in (("tower", tower), ("kept", kept))
                 },
@@ -319,7 +322,7 @@ def measure_features(shape: str, steps: int, warmup: int, batch_size: int, seed:
             }
     print(f"\n{shape}, batch {batch_size}, {steps} steps of each")
     print_table(
-        ["trained, vision tokens", "samples / s behind the tower", "on kept features", "ratio", "ratio per step"],
+        ["trained, images x vision tokens", "samples / s, tower", "kept features", "ratio", "ratio per step"],
         [
             (
                 name,

@@ -98,10 +98,12 @@ class QuestionRows:
             A mixture as instruction data is: 25 % text alone with answers of 1 to 40 sentences, 40 % one image and a
             word, 25 % one image and 5 to 40 sentences, 10 % two images and a word. By default every row has one image,
             four questions (about 50 tokens with the chat's own) and a word for an answer.
+        num_images (`int`, *optional*, defaults to 1): The images of every row, unless it is a mixture.
     """
 
-    def __init__(self, image_size: int, num_rows: int, seed: int, mixed: bool = False):
+    def __init__(self, image_size: int, num_rows: int, seed: int, mixed: bool = False, num_images: int = 1):
         self.image_size, self.num_rows, self.seed, self.mixed = image_size, num_rows, seed, mixed
+        self.num_images = num_images
         scenes = (draw_scene(seed, index) for index in range(200))
         self.pairs = [(question, answer) for scene in scenes for _, question, answer in scene.questions[:1]]
 
@@ -112,7 +114,7 @@ class QuestionRows:
         if not 0 <= index < self.num_rows:
             raise IndexError(index)
         random = np.random.default_rng((self.seed, index))
-        num_images, num_questions, num_sentences = 1, 4, 0
+        num_images, num_questions, num_sentences = self.num_images, 4, 0
         if self.mixed:
             kind = random.choice(4, p=[0.25, 0.4, 0.25, 0.1])
             num_images, num_questions = (0, 1, 1, 2)[kind], random.integers(1, 5)
