@@ -123,12 +123,15 @@ def test_tiles_are_kept_one_by_one(frozen, tmp_path):
     assert_close_weights(kept, plain)
 
 
-def test_naflex_images_are_kept_in_their_shapes(pristine_naflex, tmp_path):
+@pytest.mark.parametrize("scheme", ["batch", "sample", "nested"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_naflex_images_are_kept_in_their_shapes(pristine_naflex, tmp_path, scheme, packing):
     model, processor = copy.deepcopy(pristine_naflex)
     freeze_parts(model, ["vision_tower"])
     rows = [{**TEXT, "image": draw_scene(3, i).image.resize((32 * (i + 1), 64))} for i in range(4)]
-    plain, _ = train((model, processor), tmp_path, rows=rows, max_steps=2)
-    kept, _ = train((model, processor), tmp_path, tmp_path / "kept", rows=rows, max_steps=2)
+    options = {"rows": rows, "max_steps": 2, "scheme": scheme, "packing": packing}
+    plain, _ = train((model, processor), tmp_path, **options)
+    kept, _ = train((model, processor), tmp_path, tmp_path / "kept", **options)
     assert_close_weights(kept, plain)
 
 
