@@ -9,7 +9,7 @@ from ..towers.tiny import VISION_TOKEN_CHOICES
 from .arms import ARMS, FIXED, PAPER
 
 
-AWAY = -0.05  # expected of a fixed model away from its count, against the flexible one
+LEVEL = 0.01  # one point
 
 
 def analyze(
@@ -29,7 +29,7 @@ def analyze(
         `dict`: `regimes` and `curves`. For each title and point, arm by arm: `accuracy` at each count (the mean over
         families and seeds, its 95 % interval, each seed's, their standard deviation), `gain`, the difference from the
         fixed model at its own count, and `away`, a fixed model's difference from the paper's draw at other counts,
-        with verdicts: on being better, and on being at least five points worse.
+        each with its interval and [`verdict`].
     """
     cells = defaultdict(dict)
     for run in sorted(runs, key=lambda run: run["seed"]):
@@ -58,10 +58,10 @@ def _cell(cell: Mapping[str, list], flops: Mapping[str, float]) -> dict:
         }
         if arm in FIXED:
             others = [str(count) for count in VISION_TOKEN_CHOICES if count not in arm.choices]
-            row["away"] = {count: _difference(runs, cell[PAPER.name], count, AWAY) for count in others}
+            row["away"] = _differences(runs, dict.fromkeys(others, cell[PAPER.name]))
         else:
-            own = {str(fixed.choices[0]): fixed.name for fixed in FIXED if fixed.choices[0] in arm.counts}
-            row["gain"] = {count: _difference(runs, cell[fixed], count) for count, fixed in own.items()}
+            own = [fixed for fixed in FIXED if fixed.choices[0] in arm.counts]
+            row["gain"] = _differences(runs, {str(fixed.choices[0]): cell[fixed.name] for fixed in own})
         table[name] = row
     return table
 
@@ -74,21 +74,42 @@ def _accuracy(runs: Sequence[Mapping], count: str) -> dict:
     return {**mean_over_seeds(scores, families, images)._asdict(), "seeds": means, "spread": spread}
 
 
-def _difference(first: Sequence[Mapping], second: Sequence[Mapping], count: str, claim: float = 0.0) -> dict:
+def _differences(runs: Sequence[Mapping], others: Mapping[str, Sequence[Mapping]]) -> dict:
     """
-    Over the seeds that both have; one seed's runs share their base, their images and their order. The verdict is on
-    the claim that the difference is above `claim`, or below it where that is negative.
+    From other runs at each count, over the seeds that both have; one seed's runs share their base, their images and
+    their order. The intervals hold together in at least 95 % of cases, by Bonferroni: each of k is one of 1 - 5 % / k.
     """
-    theirs = {run["seed"]: run["right"][count] for run in second}
-    pairs = [(run["right"][count], theirs[run["seed"]]) for run in first if run["seed"] in theirs]
-    scores = [[a - b for a, b in zip(*pair)] for pair in pairs]
-    interval = mean_over_seeds(scores, first[0]["families"], first[0]["images"])
-    return {**interval._asdict(), "verdict": verdict(interval, claim)}
+    differences = {}
+    for count, theirs in others.items():
+        scores = {run["seed"]: run["right"][count] for run in theirs}
+        pairs = [(run["right"][count], scores[run["seed"]]) for run in runs if run["seed"] in scores]
+        gains = [[a - b for a, b in zip(*pair)] for pair in pairs]
+        interval = mean_over_seeds(gains, runs[0]["families"], runs[0]["images"], confidence=1 - 0.05 / len(others))
+        differences[count] = {**interval._asdict(), "verdict": verdict(interval)}
+    return differences
 
 
-def verdict(interval: Interval, claim: float = 0.0) -> str:
-    """Verdict of a difference's interval on the claim that it is above `claim`, or below a negative one."""
-    low, high = (
-        (claim - interval.high, claim - interval.low) if claim < 0 else (interval.low - claim, interval.high - claim)
-    )
-    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+def verdict(interval: Interval) -> str:
+    """
+    What a difference's interval says, by the rule that docs/experiments.md laid down on 2026-11-27, before the runs
+    that it is for: `"ahead"` where the interval is above 0, `"behind"` where it is below. Where it contains 0,
+    `"level"` if it lies within one point of it, ends included, else `"undecided"`.
+
+    Args:
+        interval (`Interval`): The difference and the ends of its interval, as shares of 1.
+
+    Example:
+
+    ```python
+    >>> from tokenflex.evaluation.intervals import Interval
+    >>> from tokenflex.research.analysis import verdict
+
+    >>> verdict(Interval(0.004, -0.002, 0.010)), verdict(Interval(0.004, -0.003, 0.011))
+    ('level', 'undecided')
+    ```
+    """
+    if interval.low > 0:
+        return "ahead"
+    if interval.high < 0:
+        return "behind"
+    return "level" if interval.low >= -LEVEL and interval.high <= LEVEL else "undecided"

@@ -15,6 +15,7 @@ from .arms import ARMS, DISTILL, EVEN, FIXED, NESTED, PAPER  # noqa: E402
 
 PAPER_GAINS = ("+1.6", "+1.0", "+0.4")  # paper: flexible against fixed at the small, the middle and the large count
 COUNTS = tuple(map(str, VISION_TOKEN_CHOICES))
+INTERVALS = "(intervals that hold together in each row, in 95 % of cases)"
 
 
 def markdown_report(report: Mapping) -> str:
@@ -29,11 +30,11 @@ def markdown_report(report: Mapping) -> str:
     lines = []
     for title, table in report["regimes"].items():
         lines += [f"### {title}", "", "Mean over families in %, ± standard deviation over seeds:", ""]
-        lines += [*_accuracies(table), "", "Points above the fixed model at its own count (95 % interval):", ""]
+        lines += [*_accuracies(table), "", f"Points above the fixed model at its own count {INTERVALS}:", ""]
         lines += [
             *_gains(table),
             "",
-            "Points between a fixed model away from its count and the paper's draw there:",
+            f"Points between a fixed model away from its count and the paper's draw there {INTERVALS}:",
             "",
         ]
         lines += [*_losses(table), ""]
@@ -78,7 +79,7 @@ def _accuracies(table: Mapping) -> list[str]:
 
 
 def _gains(table: Mapping) -> list[str]:
-    lines = _head("trained", *(f"@{count}" for count in COUNTS), "above the fixed model")
+    lines = _head("trained", *(f"@{count}" for count in COUNTS), "against the fixed model")
     for name, row in table.items():
         if "gain" in row:
             verdicts = ", ".join(gain["verdict"] for gain in row["gain"].values())
@@ -87,7 +88,7 @@ def _gains(table: Mapping) -> list[str]:
 
 
 def _losses(table: Mapping) -> list[str]:
-    lines = _head("trained", *(f"used at {count}" for count in COUNTS), "5 points below")
+    lines = _head("trained", *(f"used at {count}" for count in COUNTS), "against the draw")
     for fixed in FIXED:
         away = table[fixed.name]["away"]
         verdicts = ", ".join(difference["verdict"] for difference in away.values())

@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tokenflex.evaluation.intervals import Interval
+from tokenflex.evaluation.intervals import Interval, mean_over_seeds
 from tokenflex.research.analysis import analyze, verdict
 from tokenflex.research.arms import DISTILL_EQUAL, FIXED, PAPER
 
@@ -72,8 +74,41 @@ def test_runs_of_other_images_and_steps_are_kept_apart(runs):
     assert table["limited"]["fixed-36"]["accuracy"]["36"]["mean"] == 0
 
 
+def test_the_intervals_of_a_row_share_five_percent(runs):
+    table = analyze(runs, FLOPS, {"limited": (5, 10)}, {})["regimes"]["limited"]
+    of_three = mean_over_seeds([[1, 1, 1], [1, 1, 0]], FAMILIES, IMAGES, confidence=1 - 0.05 / 3)
+    assert table["draw-235"]["gain"]["36"] == {**of_three._asdict(), "verdict": verdict(of_three)}
+    of_two = mean_over_seeds([[0, -1, 0], [0, 0, 0]], FAMILIES, IMAGES, confidence=1 - 0.05 / 2)
+    assert table["fixed-36"]["away"]["4"] == {**of_two._asdict(), "verdict": verdict(of_two)}
+
+
+points = st.integers(-300, 300).map(lambda hundredths: hundredths / 10_000)
+
+
+@given(points, points)
+def test_verdict(one, other):
+    low, high = sorted((one, other))
+    said = verdict(Interval((low + high) / 2, low, high))
+    assert (said == "ahead") == (low > 0)
+    assert (said == "behind") == (high < 0)
+    assert (said == "level") == (low <= 0 <= high and max(-low, high) <= 0.01)
+    mirrored = verdict(Interval(-(low + high) / 2, -high, -low))
+    assert mirrored == {"ahead": "behind", "behind": "ahead"}.get(said, said)
+
+
+@given(st.lists(points, min_size=4, max_size=4).map(sorted))
+def test_a_narrower_interval_takes_no_decision_back(ends):
+    wide, narrow = (verdict(Interval(0, low, high)) for low, high in (ends[::3], ends[1:3]))
+    assert wide in (narrow, "undecided") or (wide == "level" and narrow in ("ahead", "behind"))
+
+
 @pytest.mark.parametrize(
-    "interval, said", [((1, 0.1, 2), "holds"), ((1, -0.1, 2), "undecided"), ((-1, -2, -0.1), "does not hold")]
+    "low, high, said",
+    [
+        *[(0.0, 0.0, "level"), (0.0, 0.01, "level"), (-0.01, 0.01, "level"), (-0.01, 0.0, "level")],
+        *[(1e-9, 0.002, "ahead"), (1e-9, 0.3, "ahead"), (0.0, 0.0101, "undecided"), (-0.0101, 0.0, "undecided")],
+        *[(-0.002, -1e-9, "behind"), (-0.3, -1e-9, "behind"), (-0.3, 0.3, "undecided")],
+    ],
 )
-def test_verdict(interval, said):
-    assert verdict(Interval(*interval)) == said
+def test_verdict_at_its_edges(low, high, said):
+    assert verdict(Interval((low + high) / 2, low, high)) == said
