@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..evaluation.intervals import Interval, mean_over_families, mean_over_seeds
 from ..towers.tiny import VISION_TOKEN_CHOICES
-from .arms import ARMS, FIXED, PAPER
+from .arms import ARMS, FIXED, FLEXIBLE, PAPER, share_of_steps
 
 
 LEVEL = 0.01  # one point
@@ -29,13 +29,20 @@ def analyze(
         `dict`: `regimes` and `curves`. For each title and point, arm by arm: `accuracy` at each count (the mean over
         families and seeds, its 95 % interval, each seed's, their standard deviation), `gain`, the difference from the
         fixed model at its own count, and `away`, a fixed model's difference from the paper's draw at other counts,
-        each with its interval and [`verdict`].
+        each with its interval and [`verdict`]. `instead`, for each title with fixed models of a share of the steps:
+        the `steps` of each of these, the `flops` of all, their `accuracy` at their own counts and every flexible arm's
+        `gain` over it.
     """
     cells = defaultdict(dict)
     for run in sorted(runs, key=lambda run: run["seed"]):
         cells[run["num_images"], run["compared_at"]].setdefault(run["arm"], []).append(run)
     return {
         "regimes": {title: _cell(cells[place], flops) for title, place in regimes.items()},
+        "instead": {
+            title: _instead(cells[num_images, steps], shared, steps, flops)
+            for title, (num_images, steps) in regimes.items()
+            if (shared := cells[num_images, share_of_steps(steps)])
+        },
         "curves": {
             title: {label: _cell(cells[num_images, steps], flops) for label, num_images, steps in points}
             for title, points in curves.items()
@@ -64,6 +71,18 @@ def _cell(cell: Mapping[str, list], flops: Mapping[str, float]) -> dict:
             row["gain"] = _differences(runs, {str(fixed.choices[0]): cell[fixed.name] for fixed in own})
         table[name] = row
     return table
+
+
+def _instead(cell: Mapping[str, list], shared: Mapping[str, list], steps: int, flops: Mapping[str, float]) -> dict:
+    """Each flexible arm beside one fixed model for each count, all of which share its steps."""
+    own = {str(fixed.choices[0]): shared[fixed.name] for fixed in FIXED}
+    share = share_of_steps(steps)
+    return {
+        "steps": share,
+        "flops": sum(flops[fixed.name] for fixed in FIXED) * share / (flops[PAPER.name] * steps),
+        "accuracy": {count: _accuracy(runs, count) for count, runs in own.items()},
+        "gain": {arm.name: _differences(cell[arm.name], own) for arm in FLEXIBLE if arm.name in cell},
+    }
 
 
 def _accuracy(runs: Sequence[Mapping], count: str) -> dict:

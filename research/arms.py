@@ -63,3 +63,13 @@ DOWNSAMPLED = tuple(
 FLEXIBLE = (PAPER, EVEN, NESTED, DISTILL, DISTILL_EQUAL)
 BASELINES = (UNPOOLED, GELU, *DOWNSAMPLED)
 ARMS = {arm.name: arm for arm in (*FIXED, *FLEXIBLE, *BASELINES)}
+
+
+def share_of_steps(steps: int) -> int:
+    """
+    The steps of each fixed model where all of them together get as many, to within rounding, as one flexible model.
+
+    Args:
+        steps (`int`): The flexible model's.
+    """
+    return max(1, round(steps / len(FIXED)))

@@ -24,8 +24,9 @@ def markdown_report(report: Mapping) -> str:
         report (`Mapping`): Report from [`reproduce`].
 
     Returns:
-        `str`: For each regime what every model scores and costs, what the flexible ones gain, and what fixed ones lose
-        away from their count; then the curves.
+        `str`: For each regime what every model scores and costs, what the flexible ones gain, what fixed ones lose
+        away from their count and, where these were trained, what one flexible model gains over three fixed ones that
+        share its steps; then the curves.
     """
     lines = []
     for title, table in report["regimes"].items():
@@ -38,6 +39,10 @@ def markdown_report(report: Mapping) -> str:
             "",
         ]
         lines += [*_losses(table), ""]
+        if title in report["instead"]:
+            lines += ["#### One flexible model instead of three", ""]
+            lines += [f"Points above fixed models that share its steps, each at its own count {INTERVALS}:", ""]
+            lines += [*_shared(report["instead"][title], table), ""]
     for title, points in report["curves"].items():
         lines += [f"### {title}", "", *_curve(points), ""]
     return "\n".join(lines)
@@ -55,6 +60,12 @@ def _points(difference: Mapping | None) -> str:
     if difference is None:
         return ""
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * difference[name] for name in ("mean", "low", "high")))
+
+
+def _differences(differences: Mapping) -> list[str]:
+    """A cell for each count, and the verdicts."""
+    verdicts = ", ".join(difference["verdict"] for difference in differences.values())
+    return [*(_points(differences.get(count)) for count in COUNTS), verdicts]
 
 
 def _percent(accuracy: Mapping | None) -> str:
@@ -82,17 +93,24 @@ def _gains(table: Mapping) -> list[str]:
     lines = _head("trained", *(f"@{count}" for count in COUNTS), "against the fixed model")
     for name, row in table.items():
         if "gain" in row:
-            verdicts = ", ".join(gain["verdict"] for gain in row["gain"].values())
-            lines.append(_row(ARMS[name].title, *(_points(row["gain"].get(count)) for count in COUNTS), verdicts))
+            lines.append(_row(ARMS[name].title, *_differences(row["gain"])))
     return [*lines, _row("paper, at 64 / 144 / 256", *PAPER_GAINS, "")]
 
 
 def _losses(table: Mapping) -> list[str]:
     lines = _head("trained", *(f"used at {count}" for count in COUNTS), "against the draw")
     for fixed in FIXED:
-        away = table[fixed.name]["away"]
-        verdicts = ", ".join(difference["verdict"] for difference in away.values())
-        lines.append(_row(fixed.title, *(_points(away.get(count)) for count in COUNTS), verdicts))
+        lines.append(_row(fixed.title, *_differences(table[fixed.name]["away"])))
+    return lines
+
+
+def _shared(instead: Mapping, table: Mapping) -> list[str]:
+    lines = _head("trained", *(f"@{count}" for count in COUNTS), "against the fixed models", "FLOPs")
+    scores = [_percent(instead["accuracy"][count]) for count in COUNTS]
+    title = f"three fixed, {instead['steps']} steps each: means in %"
+    lines.append(_row(title, *scores, "", f"{instead['flops']:.2f}"))
+    for name, gain in instead["gain"].items():
+        lines.append(_row(ARMS[name].title, *_differences(gain), f"{table[name]['flops']:.2f}"))
     return lines
 
 
@@ -110,7 +128,7 @@ def _curve(points: Mapping) -> list[str]:
 
 def plot_png(report: Mapping) -> bytes:
     """
-    Accuracy against the count in each regime above, the paper's draw's gain over images and over steps below.
+    Accuracy against the count in each regime above, the paper's draw's gain over images and over steps, if any, below.
 
     Args:
         report (`Mapping`): Report from [`reproduce`].
@@ -118,9 +136,11 @@ def plot_png(report: Mapping) -> bytes:
     Returns:
         `bytes`: A PNG image.
     """
-    figure = Figure(figsize=(15, 8.4), dpi=100, layout="constrained")
-    rows = figure.subfigures(2, 1)
-    above, below = rows[0].subplots(1, len(report["regimes"])), rows[1].subplots(1, len(report["curves"]))
+    rows = [report[name] for name in ("regimes", "curves") if report[name]]
+    figure = Figure(figsize=(15, 4.2 * len(rows)), dpi=100, layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    above, *below = [part.subplots(1, len(row)) for part, row in zip(parts, rows)]
+    below = below[0] if below else ()
     styles = {PAPER: ("black", 2.4), EVEN: ("tab:gray", 1.2), NESTED: ("tab:blue", 1.2), DISTILL: ("tab:red", 1.2)}
     for axes, (title, table) in zip(above, report["regimes"].items()):
         for arm in FIXED:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from tokenflex.evaluation.intervals import Interval, mean_over_seeds
 from tokenflex.research.analysis import analyze, verdict
-from tokenflex.research.arms import DISTILL_EQUAL, FIXED, PAPER
+from tokenflex.research.arms import DISTILL_EQUAL, FIXED, PAPER, share_of_steps
 
 
 FAMILIES, IMAGES = ["a", "a", "b"], [0, 1, 1]
@@ -72,6 +72,23 @@ def test_runs_of_other_images_and_steps_are_kept_apart(runs):
     assert table["rich"]["fixed-36"]["accuracy"]["36"]["mean"] == 1
     assert table["rich"]["fixed-36"]["accuracy"]["36"]["spread"] is None
     assert table["limited"]["fixed-36"]["accuracy"]["36"]["mean"] == 0
+
+
+def test_one_flexible_model_stands_beside_three_that_share_its_steps(runs):
+    assert analyze(runs, FLOPS, {"limited": (5, 10)}, {})["instead"] == {}
+    rights = {"fixed-4": {**all_right(), 4: [0, 0, 1]}, "fixed-16": all_right(0), "fixed-36": all_right()}
+    runs += [
+        run(name, seed, right, steps=3, compared_at=share_of_steps(10))
+        for name, right in rights.items()
+        for seed in (0, 1)
+    ]
+    instead = analyze(runs, FLOPS, {"limited": (5, 10)}, {})["instead"]["limited"]
+    assert instead["steps"] == 3 and instead["flops"] == (1 + 2 + 3) * 3 / (2 * 10)
+    assert {count: row["mean"] for count, row in instead["accuracy"].items()} == {"4": 0.5, "16": 0, "36": 1}
+    assert list(instead["gain"]) == [PAPER.name, DISTILL_EQUAL.name]
+    assert {count: row["mean"] for count, row in instead["gain"][PAPER.name].items()} == {
+        "4": pytest.approx(0.375), "16": pytest.approx(1), "36": pytest.approx(-0.25)
+    }  # fmt: skip
 
 
 def test_the_intervals_of_a_row_share_five_percent(runs):
