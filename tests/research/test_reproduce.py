@@ -15,9 +15,9 @@ from PIL import Image
 
 from tokenflex.cli import main
 from tokenflex.research import reproduce as module
-from tokenflex.research.arms import ARMS, BASELINES, DISTILL_EQUAL, FIXED, PAPER
-from tokenflex.research.reproduce import SIZES, curves, plan, regimes, reproduce
-from tokenflex.research.runs import Size
+from tokenflex.research.arms import ARMS, BASELINES, DISTILL_EQUAL, FIXED, PAPER, share_of_steps
+from tokenflex.research.reproduce import CLAIM_SEEDS, SIZES, claim_plan, curves, plan, regimes, reproduce
+from tokenflex.research.runs import CLAIM_TEST_SEED, TEST_SEED, Size
 
 
 SIZE = Size(width=32, tower_steps=2, base_steps=2, steps=4, num_images=4, batch_size=2, questions=2, test_images=4)
@@ -58,6 +58,48 @@ def test_every_claim_has_its_runs():
     for points in curves(size).values():
         assert {(arm.name, *point[1:]) for point in points for arm in (*FIXED, PAPER)} <= held
     assert {run.seed for run in runs} == {0, 1, 2}
+
+
+def test_the_claim_has_its_runs_and_no_others():
+    size = SIZES["cpu"]
+    runs = claim_plan(size, CLAIM_SEEDS)
+    assert len(runs) == len({run.name for run in runs}) == 20 * 2 * (5 + 3)
+    assert {run.seed for run in runs} == set(range(100, 120)), "of which nobody had seen any"
+    for images, steps in regimes(size).values():
+        found = {(run.arm.name, run.steps) for run in runs if run.num_images == images}
+        shared = {(arm.name, share_of_steps(steps)) for arm in FIXED}
+        assert found == {(arm.name, steps) for arm in (*FIXED, PAPER, DISTILL_EQUAL)} | shared
+
+
+def test_the_claim_is_tested_on_images_of_its_own_and_goes_on(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(module.SIZES, "cpu", SIZE)
+    main(["reproduce", "--claim", "--output_dir", str(tmp_path), "--seeds", "100", "--workers", "1"])
+    assert capsys.readouterr().out.count("#### One flexible model instead of three") == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["size"] == {**dataclasses.asdict(SIZE), "test_seed": CLAIM_TEST_SEED} and report["curves"] == {}
+    for title, table in report["regimes"].items():
+        assert list(table) == [arm.name for arm in (*FIXED, PAPER, DISTILL_EQUAL)]
+        assert list(report["instead"][title]["gain"]) == [PAPER.name, DISTILL_EQUAL.name]
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert len(before) == 1 + 16
+    assert reproduce(tmp_path, SIZE, [100], workers=1, claim=True)["instead"] == report["instead"]
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    with pytest.raises(ValueError, match=rf"differs in test_seed \({TEST_SEED}, not {CLAIM_TEST_SEED}\)"):
+        reproduce(folder, SIZE, [0], claim=True)
+
+
+def test_seeds_of_the_command_line(monkeypatch, tmp_path):
+    asked = []
+
+    def stop(output_dir, size, seeds, *args):
+        asked.append(list(seeds))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "reproduce", stop)
+    for options in ([], ["--claim"], ["--claim", "--seeds", "7"]):
+        with pytest.raises(SystemExit, match="enough"):
+            main(["reproduce", "--output_dir", str(tmp_path), *options])
+    assert asked == [[0, 1, 2], list(CLAIM_SEEDS), [7]]
 
 
 def test_report_is_written_as_data_table_and_plot(folder):

@@ -3,9 +3,11 @@ import dataclasses
 import pytest
 import torch
 
+from tokenflex.research import runs as runs_module
 from tokenflex.research.arms import ARMS, DOWNSAMPLED, FIXED, GELU, NESTED, PAPER
 from tokenflex.research.runs import (
     BASE_SEED,
+    CLAIM_TEST_SEED,
     TEST_SEED,
     TOWER_SEED,
     TRAIN_SEED,
@@ -77,6 +79,14 @@ def test_the_tower_waits_unless_it_has_to_get_used_to_small_images(monkeypatch, 
         assert all(weight.requires_grad for weight in model.model.multi_modal_projector.parameters())
 
 
+def test_images_to_test_on_are_those_of_the_test_seed(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs_module, "predict", lambda *args, **options: asked.append(args[2]) or [])
+    for size in (SIZE, dataclasses.replace(SIZE, test_seed=CLAIM_TEST_SEED)):
+        train_and_test(Run(PAPER, 0, 1, SIZE.num_images), 1, size, folder)
+    assert [rows.seed for rows in asked] == [TEST_SEED, CLAIM_TEST_SEED]
+
+
 def test_scheme_counts_and_data_reach_the_trainer(monkeypatch, folder):
     trainer = trained(monkeypatch, Run(NESTED, 0, 3), 2, folder)
     assert trainer.data_collator.scheme == "nested" and trainer.state.global_step == 2
@@ -88,8 +98,9 @@ def test_scheme_counts_and_data_reach_the_trainer(monkeypatch, folder):
 
 
 def test_no_seed_is_used_twice():
-    ranges = [{start + seed for seed in range(500)} for start in (TOWER_SEED, BASE_SEED, TRAIN_SEED)]
-    assert not set.intersection(*ranges) and all(TEST_SEED not in seeds for seeds in ranges)
+    ranges = [{start + seed for seed in range(1000)} for start in (TOWER_SEED, BASE_SEED, TRAIN_SEED)]
+    ranges.append({TEST_SEED, CLAIM_TEST_SEED})
+    assert len(set.union(*ranges)) == sum(map(len, ranges)) == 3 * 1000 + 2
     assert len({dataclasses.replace(Run(PAPER, 0, 4, 3), **other).name for other in (
         {}, {"seed": 1}, {"steps": 5}, {"num_images": None}, {"arm": NESTED}
     )}) == 5  # fmt: skip
