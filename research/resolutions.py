@@ -2,7 +2,7 @@
 Counts against pairs of a count and a resolution, in small: which answer best within the time to their first token.
 
 For each seed a tiny model is trained twice behind the same tower and base, for as many steps: at drawn counts of whole
-images, and at drawn pairs. Both are asked on images that nothing was trained on; the second learns to choose.
+images, and at drawn pairs. Both are asked on images that nothing was trained on.
 """
 
 import json
@@ -17,9 +17,8 @@ import transformers
 from ..checkpoints.files import save_checkpoint, write_file
 from ..data.examples import to_example
 from ..data.synthetic import SyntheticVQA
-from ..evaluation.calibrate import calibrate, observe
 from ..evaluation.cost import measure_cost
-from ..evaluation.flops import choosing_flops, count_flops
+from ..evaluation.flops import count_flops
 from ..evaluation.metrics import get_metric
 from ..evaluation.sweep import predict
 from .stages import TEST_SEED, load, train_base, train_stage, write_score
@@ -29,7 +28,6 @@ ARMS = {
     "counts": {4: 0.2, 16: 0.3, 36: 0.5},
     "pairs": {"4@32": 0.1, "16@48": 0.2, 16: 0.2, 36: 0.5},
 }
-CALIBRATION_SEED = 28_001  # of images that nothing else was trained on
 TRAIN_STEPS = 2000  # behind the small recipes' tower and base
 BATCH_SIZE = 32  # of the prompts whose first tokens are timed
 
@@ -42,12 +40,11 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, num_images: int = 1000
         seed (`int`): The seed of weights, data and draws.
         folder (`Path`): Folder for everything.
         scale (`float`, *optional*, defaults to 1.0): Scales the steps of training.
-        num_images (`int`, *optional*, defaults to 1000): The number of images to test on, and to calibrate on.
+        num_images (`int`, *optional*, defaults to 1000): The number of images to test on.
 
     Returns:
-        `dict`: For each arm and choice, and `"auto"`, `right` with a 1 or 0 for every question, and `flops` to the
-        first token and `milliseconds` to those of a batch; `families` and
-        `images` of the questions.
+        `dict`: For each arm and choice `right` with a 1 or 0 for every question, `flops` to the first token and
+        `milliseconds` to those of a batch; `families` and `images` of the questions.
     """
     folder = folder / str(seed)
     result = folder / f"result-{scale}-{num_images}.json"
@@ -63,27 +60,18 @@ def run_seed(seed: int, folder: Path, scale: float = 1.0, num_images: int = 1000
         model, processor = load(
             train_stage(folder / arm, "small/stage2.yaml", folder / f"{arm}_untrained", seed, *steps)
         )
-        choices = list(weights)
-        if arm == "pairs":
-            observations = observe(model, processor, SyntheticVQA(num_images, CALIBRATION_SEED), show_progress=False)
-            calibrate(model, observations)
-            choices.append("auto")
-        answers = predict(model, processor, test, choices, batch_size=128, show_progress=False)
-        for choice in choices:
+        answers = predict(model, processor, test, list(weights), batch_size=128, show_progress=False)
+        for choice in weights:
             right[f"{arm} {choice}"] = [int(answer.rate(rate, choice)) for answer in answers]
-        if arm == "pairs":
-            costs = choosing_flops(model.config, list(weights), observations.text_tokens)
-            flops["pairs auto"] = sum(costs[answer.chosen] for answer in answers) / len(answers)
     side, milliseconds = model.config.image_size[0], {}
     # A count alone would be asked of the last model, whose choices name resolutions for some.
     whole = {c: c if isinstance(c, str) else f"{c}@{side}" for arm in ARMS.values() for c in arm}
     images = [to_example(test[i % len(test)]).images[0] for i in range(BATCH_SIZE)]
-    cost = measure_cost(model, processor, images, answers[0].question, [*whole.values(), "auto"])
-    milliseconds["pairs auto"] = cost["milliseconds_to_first_token"]["auto"]
+    cost = measure_cost(model, processor, images, answers[0].question, list(whole.values()))
     for arm, weights in ARMS.items():
         for choice in weights:
             milliseconds[f"{arm} {choice}"] = cost["milliseconds_to_first_token"][whole[choice]]
-            flops[f"{arm} {choice}"] = count_flops(model.config, whole[choice], observations.text_tokens).total
+            flops[f"{arm} {choice}"] = count_flops(model.config, whole[choice]).total
     write_file(
         result,
         json.dumps({
@@ -118,13 +106,12 @@ def table(results: Sequence[Mapping]) -> str:
     lines += ["", "| count | pair | accuracy, points | FLOPs, points | ms |", "|---:|---:|---:|---:|---:|"]
     for name in names:
         if name.startswith("counts"):
-            pairs = [n for n in names if n.startswith("pairs") and n != "pairs auto" and share[n] <= share[name]]
+            pairs = [n for n in names if n.startswith("pairs") and share[n] <= share[name]]
             best = max(pairs, key=lambda n: mean(sum(result["right"][n]) for result in results))
             lines.append(
                 f"| {name.split()[1]} | {best.split()[1]} | {score(best, name)} | "
                 f"{100 * (share[best] - share[name]):+.0f} | {milliseconds[best] - milliseconds[name]:+.1f} |"
             )
-    lines += ["", f"`auto` against the largest pair: {score('pairs auto', 'pairs 36')} points."]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ def result(tmp_path_factory):
 
 def test_every_choice_of_every_arm_is_tested_and_priced(result):
     tested, folder = result
-    names = [f"{arm} {choice}" for arm, weights in resolutions.ARMS.items() for choice in weights] + ["pairs auto"]
+    names = [f"{arm} {choice}" for arm, weights in resolutions.ARMS.items() for choice in weights]
     for figures in ("right", "flops", "milliseconds"):
         assert set(tested[figures]) == set(names)
     assert {len(rates) for rates in tested["right"].values()} == {len(tested["families"])} == {len(tested["images"])}
