@@ -23,7 +23,7 @@ SHAPE = "so400m + Qwen2.5-0.5B"
 SHAPES[SHAPE] = {**SHAPES["so400m + Qwen2.5-1.5B"], "language_model": (896, 4864, 24, 14, 2)}
 CHOICES = [256, 144, 64, "144@336", "64@224"]
 LARGEST = 256
-MIXTURES = {"2:3:5": (0.2, 0.3, 0.5), "5:3:2": (0.5, 0.3, 0.2)}  # the paper's weights, and these turned round
+MIXTURES = {"2:3:5": (0.2, 0.3, 0.5), "5:3:2": (0.5, 0.3, 0.2), "3:1:1": (0.6, 0.2, 0.2)}  # the first is the paper's
 DRAWN = ("64@224", "144@336", 256)
 QUESTION = "<|image_pad|> which color is the large circle, and how many dots are there?"
 
