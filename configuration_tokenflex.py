@@ -120,8 +120,8 @@ class TokenFlexConfig(PreTrainedConfig):
         projector_pools_last (`bool`, *optional*, defaults to `False`):
             Whether features are pooled behind the connector, as PerceptionLM's are.
         vision_token_chooser (`dict`, *optional*):
-            The `choices` among which `"auto"` chooses, the cheapest first, and the `tolerance`, as `tokenflex
-            calibrate` writes them. The head that chooses is kept with the weights.
+            The `choices` among which `"auto"` chooses, the cheapest first, the `tolerance` and what it `reads`, as
+            `tokenflex calibrate` writes them. The head that chooses is kept with the weights.
         initializer_range (`float`, *optional*, defaults to 0.02):
             The standard deviation of the projector's initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to the text config's):

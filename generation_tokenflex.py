@@ -149,6 +149,11 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 "`num_vision_tokens`='auto': this checkpoint has not learned to choose. Run `tokenflex calibrate` on "
                 f"it, or ask for 'low' ({choices[0]}), 'high' ({choices[-1]}) or any count."
             )
+        if chooser.get("reads") != "text":
+            raise ValueError(
+                "`num_vision_tokens`='auto': this checkpoint learned to choose by its images, as earlier versions "
+                "did: run `tokenflex calibrate` on it again."
+            )
         chances = self.model.vision_token_chooser(self.read_questions(input_ids, **kwargs))
         tolerance = chooser["tolerance"] if tolerance is None else tolerance
         return smallest_sufficient(chances, chooser["choices"], tolerance)

@@ -215,7 +215,8 @@ def calibrate(
     chooser.weight.copy_(weight)
     chooser.bias.copy_(bias)
     model.model.vision_token_chooser = chooser
-    model.config.vision_token_chooser = {"choices": list(observations.choices), "tolerance": point.tolerance}
+    choices = list(observations.choices)
+    model.config.vision_token_chooser = {"choices": choices, "tolerance": point.tolerance, "reads": "text"}
     known = [
         count_tokens(next((choice for choice, hit in zip(observations.choices, row) if hit), observations.choices[0]))
         for row in observations.right.tolist()

@@ -84,7 +84,7 @@ def give_chooser(model, choices, weight, bias=None, tolerance=0.1):
     chooser.weight.copy_(weight)
     chooser.bias.copy_(torch.zeros(len(weight)) if bias is None else torch.as_tensor(bias))
     model.model.vision_token_chooser = chooser
-    model.config.vision_token_chooser = {"choices": list(choices), "tolerance": tolerance}
+    model.config.vision_token_chooser = {"choices": list(choices), "tolerance": tolerance, "reads": "text"}
 
 
 def chat(*image_indices):

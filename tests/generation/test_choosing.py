@@ -159,6 +159,11 @@ def test_what_cannot_be_chosen_is_refused(chooser, tiny):
     with pytest.raises(ValueError, match="`num_vision_tokens`='medium': give a number, .* or one of low, high, auto"):
         tiny[0].generate(**inputs, num_vision_tokens="medium")
     model = chooser[0]
+    calibrated = model.config.vision_token_chooser
+    model.config.vision_token_chooser = {name: calibrated[name] for name in ("choices", "tolerance")}
+    with pytest.raises(ValueError, match="learned to choose by its images.*calibrate` on it again"):
+        model.generate(**inputs, num_vision_tokens="auto")
+    model.config.vision_token_chooser = calibrated
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="no filled `past_key_values`"):
         model.generate(**inputs, past_key_values=output.past_key_values, num_vision_tokens="auto")
