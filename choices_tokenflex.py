@@ -361,9 +361,8 @@ def resolve_vision_tokens(
         else:
             grid = match_vision_token_grid(count, shape, patch_grid, entry)
         if resolution is None and shape is not None and config.max_num_patches is not None:
-            most, size = max(config.max_num_patches, math.prod(grid)), tuple(config.image_size)
-            block = tuple(side // patches for side, patches in zip(size, patch_grid))
-            resolution = follow_shape(shape, most, size, block)
+            most = max(config.max_num_patches, math.prod(grid))
+            resolution = follow_shape(shape, most, config.image_size, config.block_size)
             patch_grid = config.patch_grid_at(resolution)
             if isinstance(count, tuple):
                 resolve_vision_token_grid(count, patch_grid, entry)

@@ -32,8 +32,6 @@ CLASS_TOKENS = {
     "smolvlm_vision": 0,
     "vit": 1,
 }
-
-
 NAFLEX = "siglip2_vision_model"  # SigLIP 2's NaFlex towers, whose patches keep an image's shape
 # The towers that take smaller images, and the argument by which they then interpolate their position embeddings.
 INTERPOLATION = {
@@ -179,8 +177,7 @@ class TokenFlexConfig(PreTrainedConfig):
         patches = 1 if self.max_num_patches is None else self.vision_config.num_patches
         if patches != math.isqrt(patches) ** 2:
             raise ValueError(
-                f"`vision_config.num_patches`={patches}: a NaFlex tower's position embeddings form a square, such as "
-                f"{math.isqrt(patches) ** 2}."
+                f"`vision_config.num_patches`={patches}: give a square, such as {math.isqrt(patches) ** 2}."
             )
         known = count_prefix_tokens(self.vision_config)
         if self.num_prefix_tokens is None:
@@ -231,19 +228,20 @@ class TokenFlexConfig(PreTrainedConfig):
         return self.vision_config.num_patches // self.downsample_factor**2 if is_naflex else None
 
     @property
-    def own_resolution(self) -> tuple[int, int]:
-        """`tuple[int, int]`: Height and width in pixels that the vision tower sees a square image at by itself."""
-        return self._in_shape((1, 1)) if self.max_num_patches else self.image_size
+    def block_size(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Height and width in pixels of the patches, or blocks of them, that make one feature."""
+        return tuple(patch * self.downsample_factor for patch in self.patch_size)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """`tuple[int, int]`: Rows and columns of the features that are pooled, patches or blocks of them."""
-        blocks = (patch * self.downsample_factor for patch in self.patch_size)
-        return tuple(side // block for side, block in zip(self.image_size, blocks))
+        return tuple(side // block for side, block in zip(self.image_size, self.block_size))
 
-    def _in_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
-        blocks = tuple(patch * self.downsample_factor for patch in self.patch_size)
-        return follow_shape(grid, max(self.max_num_patches, math.prod(grid)), self.image_size, blocks)
+    def own_resolution(self, grid: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+        """(height, width) in pixels that the tower sees an image at by itself; a NaFlex tower in the grid's shape."""
+        if self.max_num_patches is None:
+            return self.image_size
+        return follow_shape(grid, max(self.max_num_patches, math.prod(grid)), self.image_size, self.block_size)
 
     def patch_grid_at(self, resolution: tuple[int, int], asked: str | None = None) -> tuple[int, int]:
         """
@@ -264,8 +262,7 @@ class TokenFlexConfig(PreTrainedConfig):
                     f"images of {height}x{width} pixels takes no others. Square towers that do: "
                     f"{', '.join(INTERPOLATION)}."
                 )
-        blocks = tuple(patch * self.downsample_factor for patch in self.patch_size)
-        return resolve_patch_grid(resolution, self.image_size, blocks, asked)
+        return resolve_patch_grid(resolution, self.image_size, self.block_size, asked)
 
     def resolution_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """
@@ -279,7 +276,7 @@ class TokenFlexConfig(PreTrainedConfig):
         Returns:
             `tuple[int, int]`: (height, width) in pixels.
         """
-        fitting, own = [], self._in_shape(grid) if self.max_num_patches else self.image_size
+        fitting, own = [], self.own_resolution(grid)
         for choice in self.vision_token_choices:
             count, resolution = split_choice(choice)
             resolution = resolution or own

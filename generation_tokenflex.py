@@ -116,10 +116,9 @@ class TokenFlexGenerationMixin(GenerationMixin):
                 f"{is_text.any(-1).tolist().index(False)} of `input_ids` has none: name a count."
             )
         texts = [row[kept] for row, kept in zip(input_ids, is_text)]
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        texts = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        hidden_states = self.model(input_ids=texts, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden_states[torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1].float()
+        texts = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # no token sees what is behind it
+        hidden_states = self.model(input_ids=texts, use_cache=False).last_hidden_state
+        return hidden_states[torch.arange(len(texts), device=texts.device), is_text.sum(-1) - 1].float()
 
     def choose_vision_tokens(
         self, input_ids: torch.LongTensor, tolerance: float | None = None, **kwargs

@@ -218,6 +218,11 @@ class TokenFlexProcessor(ProcessorMixin):
         self._arrange([(1, 1)])
 
     @property
+    def block_size(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Height and width in pixels of what makes one feature."""
+        return self.patch_size, self.patch_size
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """`tuple[int, int]`: Rows and columns of the features that are pooled to vision tokens."""
         return self.patch_grid_at(tuple(self.image_size))
@@ -233,7 +238,7 @@ class TokenFlexProcessor(ProcessorMixin):
         Raises:
             ValueError: If a side is no multiple of the patch, or larger than the tower's own.
         """
-        return resolve_patch_grid(resolution, tuple(self.image_size), (self.patch_size, self.patch_size), asked)
+        return resolve_patch_grid(resolution, tuple(self.image_size), self.block_size, asked)
 
     @property
     def tiler(self) -> GotOcr2ImageProcessorPil:

@@ -277,7 +277,7 @@ class TokenFlexVisionMixin:
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but this tower takes (num_images, "
                 f"{', '.join(map(str, expected))}): use the processor saved with the checkpoint."
             )
-        resolution = resolution or config.own_resolution
+        resolution = resolution or config.own_resolution()
         patch_grid = config.patch_grid_at(resolution)
         if resolution != config.image_size:
             kwargs |= INTERPOLATION[config.vision_config.model_type]
@@ -335,7 +335,7 @@ class TokenFlexVisionMixin:
                 f"The patch features are {patch_features[0].shape[-1]} wide, but this model's vision tower makes "
                 f"{width}: keep features, and draft with an assistant, of a model with the same tower."
             )
-        sizes = list(image_resolutions or [self.config.own_resolution] * len(grids))
+        sizes = list(image_resolutions or [self.config.own_resolution()] * len(grids))
         features = self.multi_modal_projector(patch_features, grids, [self.config.patch_grid_at(s) for s in sizes])
         if len(set(grids)) > 1:
             features = list(features.split([rows * columns for rows, columns in grids]))
@@ -362,7 +362,7 @@ class TokenFlexVisionMixin:
         Raises:
             ValueError: If an image was kept at other resolutions only.
         """
-        own = self.config.own_resolution
+        own = self.config.own_resolution()
         held = [list(k.get("image_resolutions") or [own] * len(k.last_hidden_state)) for k in kept]
         sources = [[k for k, of in enumerate(held) if of[i : i + 1] == [size]] for i, size in enumerate(sizes)]
         for i, (source, size) in enumerate(zip(sources, sizes)):

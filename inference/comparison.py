@@ -98,7 +98,7 @@ def ask(model, processor, image: Image.Image, question: str) -> AskedQuestion:
     start = time.perf_counter()
     pixel_values, config = inputs.pop("pixel_values"), model.config
     asked = [at_count(inputs, choice, config) for choice in [None, *config.vision_token_choices]]
-    sizes = dict.fromkeys([seen_resolutions(prompt, config)[0] for prompt in asked] + [config.own_resolution])
+    sizes = dict.fromkeys([seen_resolutions(prompt, config)[0] for prompt in asked] + [config.own_resolution()])
     features = [model.get_image_features(pixel_values, 1, image_size=size, return_dict=True) for size in sizes]
     features[-1].last_hidden_state[0, 0, 0].item()  # a GPU returns before it is done; a number has to be waited for
     milliseconds = 1000 * (time.perf_counter() - start)
@@ -125,7 +125,7 @@ def answer_at(model, processor, asked: AskedQuestion, num_vision_tokens: int, ma
     """
     prompt = at_count(asked.inputs, num_vision_tokens, model.config)
     [grid], [resolution] = prompt["vision_token_grids"].tolist(), seen_resolutions(prompt, model.config)
-    resolution = None if resolution == model.config.own_resolution else resolution
+    resolution = None if resolution == model.config.own_resolution() else resolution
     options = {**GREEDY, "num_vision_tokens": num_vision_tokens}
     milliseconds = []
     for length in (1, 1, max_new_tokens):

@@ -125,7 +125,7 @@ def build_from_towers(
     if vision_token_choices is None and vision_token_weights is None:
         smallest = {"num_vision_tokens": 1, "vision_token_choices": [1], "vision_token_weights": [1.0]}
         config = TokenFlexConfig(**parts, **smallest)
-        patch_grid = config.patch_grid_at(config.own_resolution)
+        patch_grid = config.patch_grid_at(config.own_resolution())
         vision_token_choices, vision_token_weights = default_vision_tokens(patch_grid)
         logger.info(f"`vision_token_choices` for the patch grid {patch_grid}: {vision_token_choices}")
     if num_vision_tokens is None:

@@ -166,7 +166,7 @@ class FeatureCache:
         features = []
         for mode in (True, False):
             tower.train(mode)
-            features += encode_new(self.model, image, {(b"", config.own_resolution): 0}).values()
+            features += encode_new(self.model, image, {(b"", config.own_resolution()): 0}).values()
         tower.train(is_training)
         if (features[0] - features[1]).abs().max() > 1e-3 * features[1].abs().max():
             raise ValueError(
