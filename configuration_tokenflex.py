@@ -238,7 +238,13 @@ class TokenFlexConfig(PreTrainedConfig):
         return tuple(side // block for side, block in zip(self.image_size, self.block_size))
 
     def own_resolution(self, grid: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-        """(height, width) in pixels that the tower sees an image at by itself; a NaFlex tower in the grid's shape."""
+        """
+        (height, width) in pixels that the tower sees an image at by itself.
+
+        Args:
+            grid (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Rows and columns of vision tokens, whose shape a NaFlex tower follows.
+        """
         if self.max_num_patches is None:
             return self.image_size
         return follow_shape(grid, max(self.max_num_patches, math.prod(grid)), self.image_size, self.block_size)

@@ -21,10 +21,10 @@ from ..data.loading import load_rows
 from .cost import describe_machine, measure_cost
 from .flops import choosing_flops, count_flops
 from .intervals import mean_over_families, paired_test
-from .metrics import METRICS, get_metric
+from .metrics import METRICS, get_metric, multiple_choice
 from .progress import predict_on_and_on
 from .report import markdown_table, save_report
-from .sweep import Prediction, score
+from .sweep import Prediction, questions_of, score
 
 
 PARTIAL = "predictions.partial.jsonl"
@@ -66,8 +66,11 @@ def evaluate(
     Returns:
         `tuple[dict, list[Prediction]]`: The report, [`score`]'s, [`compare`]'s and [`measure_cost`]'s figures,
         `gflops_to_first_token` of one image and 32 tokens of text, and the model's [`fingerprint`]; and every answer.
+
+    Raises:
+        ValueError: If a count or the metric is none, or `multiple_choice` is to score a question without options.
     """
-    get_metric(metric)
+    rate = get_metric(metric)
     can_choose = model.config.vision_token_chooser is not None
     counts = list(counts or [*model.config.vision_token_choices, *["auto"] * can_choose])
     for i, count in enumerate(counts):
@@ -75,6 +78,8 @@ def evaluate(
             raise ValueError(f"`counts[{i}]`={count!r}: scores are told apart by the count n*n, so give that.")
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
+    if rate is multiple_choice:
+        _check_letters(dataset, share)
     options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)
     [checkpoint] = broadcast_object_list([fingerprint(model, processor) if state.is_main_process else None])
     run = {**checkpoint, "rows": len(dataset), "counts": counts, "metric": metric, "max_new_tokens": max_new_tokens}
@@ -109,6 +114,19 @@ def evaluate(
         report["latency_batch_size"] = len(images)
     report["machine"] = {**describe_machine(model, processor), "processes": state.num_processes}
     return report, predictions
+
+
+def _check_letters(dataset, indices: Sequence[int]) -> None:
+    """Refuses rows that `multiple_choice` cannot score, before any is answered."""
+    for index in indices:
+        for _, target in questions_of(index, to_example(dataset[index])):
+            try:
+                target.rate_reply(multiple_choice, "")
+            except ValueError as error:
+                raise ValueError(
+                    f"Row {index} has no options, and `metric='multiple_choice'` cannot score it: {error} Any other "
+                    "metric scores it, and questions with options by their letters as well."
+                ) from None
 
 
 def _processes() -> PartialState:

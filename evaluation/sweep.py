@@ -88,6 +88,26 @@ def _batches(dataset, batch_size: int) -> Iterator[list[tuple[int, Example]]]:
         yield batch
 
 
+def questions_of(index: int, example: Example) -> Iterator[tuple[list[dict], Prediction]]:
+    """
+    The last question of every dialog of a row.
+
+    Args:
+        index (`int`): The row in the data set.
+        example ([`Example`]): The row.
+
+    Yields:
+        `tuple[list[dict], Prediction]`: The messages up to the question, and the question, with no answers yet.
+    """
+    for number, dialog in enumerate(example.dialogs):
+        last = max(i for i, message in enumerate(dialog) if message["role"] == "assistant")
+        family = example.families[number] if example.families else "all"
+        references = example.references[number] if example.references else None
+        options = (example.options[number] or None) if example.options else None
+        asked, expected = _text(dialog[last - 1]), _text(dialog[last])
+        yield dialog[:last], Prediction(index, family, asked, expected, {}, references=references, options=options)
+
+
 def _text(message: dict) -> str:
     return " ".join(part["text"] for part in message["content"] if "text" in part)
 
@@ -130,15 +150,10 @@ def encode_questions(
         images = [image for _, example in batch for image in example.images]
         prompts, used, targets, first_image = [], [], [], 0
         for index, example in batch:
-            for number, dialog in enumerate(example.dialogs):
-                last = max(i for i, message in enumerate(dialog) if message["role"] == "assistant")
-                prompts.append(processor.apply_chat_template(dialog[:last], add_generation_prompt=True))
+            for prompt, target in questions_of(index, example):
+                prompts.append(processor.apply_chat_template(prompt, add_generation_prompt=True))
                 used += range(first_image, first_image + len(example.images))
-                family = example.families[number] if example.families else "all"
-                references = example.references[number] if example.references else None
-                options = (example.options[number] or None) if example.options else None
-                asked, expected = _text(dialog[last - 1]), _text(dialog[last])
-                targets.append(Prediction(index, family, asked, expected, {}, references=references, options=options))
+                targets.append(target)
             first_image += len(example.images)
         inputs = tokenize_prompts(prompts, processor, padding=True, padding_side="left", return_tensors="pt")
         inputs = dict(inputs.to(model.device))

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenflex.data.options import ask_with_options
+from tokenflex.evaluation import evaluate
 from tokenflex.evaluation.metrics import METRICS
 from tokenflex.evaluation.options import rate_option
 from tokenflex.evaluation.sweep import predict, score
@@ -66,3 +67,31 @@ def test_options_are_scored_as_such_by_every_metric(answered, metric):
         report = score(answered, [4], metric)
         assert report["overall"][4] == expected and report["majority"] == {"all": 0.5}
     assert metric in METRICS
+
+
+def test_rows_as_public_benchmarks_have_them_are_answered_at_every_count(narrow):
+    model, processor = narrow
+    small, wide, clear = Image.new("RGB", (304, 290)), Image.new("L", (1750, 632)), Image.new("RGBA", (512, 512))
+    rows = [
+        {"image": wide, "question": "$x^2$\n<image1>\n" + "Then Bob goes on. " * 200, "options": [], "answer": "6"},
+        {"images": [small, clear], "question": "<image1> or\n<image2>?", "options": list("ABCDE"), "answer": "A"},
+        {"image": clear, "question": "图中缺少什么颜色？", "options": ["黄色", "红色"], "answer": "红色"},
+        {"image": small, "question": "ما اللون؟", "options": '["أحمر", "أزرق"]', "answer": "B"},
+        {"image": small, "question": "Which curve?", "options": ["$a$", "none of them"], "answer": "none of them"},
+    ]
+    report, predictions = evaluate(model, processor, rows, [1, 4], max_new_tokens=2, latency_batch_size=0)
+    assert [prediction.answer for prediction in predictions] == ["6", "A", "B", "B", "B"]
+    assert all(set(prediction.predictions) == {1, 4} for prediction in predictions)
+    alone = [evaluate(model, processor, [row], [4], max_new_tokens=2, latency_batch_size=0)[1][0] for row in rows]
+    assert [answer.predictions[4] for answer in alone] == [answer.predictions[4] for answer in predictions]
+
+
+def test_a_question_without_options_is_refused_by_multiple_choice_before_any_is_answered(narrow, tmp_path):
+    image, partial = Image.new("RGB", (8, 8)), tmp_path / "partial.jsonl"
+    rows = [
+        {"image": image, "question": "Which?", "options": COLORS, "answer": "red"},
+        {"image": image, "question": "How many?", "options": [], "answer": "6"},
+    ]
+    with pytest.raises(ValueError, match="Row 1 has no options, and `metric='multiple_choice'` cannot score it"):
+        evaluate(*narrow, rows, [4], metric="multiple_choice", partial_file=partial, latency_batch_size=0)
+    assert not partial.exists()
