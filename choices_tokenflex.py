@@ -92,7 +92,6 @@ def sort_choices(choices: Sequence[int | str]) -> list[int | str]:
     ['64@224', 64, '144@336', 256]
     ```
     """
-
     return sorted(choices, key=lambda choice: (count_tokens(choice), math.prod(split_choice(choice)[1] or [math.inf])))
 
 
@@ -172,8 +171,7 @@ def resolve_vision_token_grid(
         num_vision_tokens (`int` or `tuple[int, int]`):
             The number of vision tokens of one image, a square `n * n` with `n` at most the shorter side of
             `patch_grid`; or the grid itself as `(rows, columns)`, each side within `patch_grid`.
-        patch_grid (`tuple[int, int]`):
-            Rows and columns of the vision tower's patch grid.
+        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
         name (`str`, *optional*, defaults to `"num_vision_tokens"`):
             The argument to name in errors.
 
@@ -239,8 +237,7 @@ def match_vision_token_grid(
             The most tokens to use, from 1 to the number of patches; it need not be a square.
         image_size (`tuple[int, int]`):
             (height, width) of the image in pixels.
-        patch_grid (`tuple[int, int]`):
-            Rows and columns of the vision tower's patch grid.
+        patch_grid (`tuple[int, int]`): Rows and columns of the vision tower's patch grid.
         name (`str`, *optional*, defaults to `"num_vision_tokens"`):
             The argument to name in errors.
 

@@ -41,9 +41,7 @@ INTERPOLATION = {
 
 
 def count_prefix_tokens(vision_config: PreTrainedConfig) -> int | None:
-    """
-    Counts the class tokens and registers that a tower's output holds before its patches; `None` for an unknown tower.
-    """
+    """Counts the class tokens and registers before the patches of a tower's output; `None` for an unknown tower."""
     class_tokens = CLASS_TOKENS.get(vision_config.model_type)
     return None if class_tokens is None else class_tokens + getattr(vision_config, "num_register_tokens", 0)
 
@@ -242,8 +240,7 @@ class TokenFlexConfig(PreTrainedConfig):
         (height, width) in pixels that the tower sees an image at by itself.
 
         Args:
-            grid (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
-                Rows and columns of vision tokens, whose shape a NaFlex tower follows.
+            grid (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): The grid whose shape a NaFlex tower follows.
         """
         if self.max_num_patches is None:
             return self.image_size
