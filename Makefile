@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
+REAL := .matrix/real
 # For `make matrix`: the tests to run, all if empty, and releases of transformers, each with what else differs there.
 TESTS ?=
 VERSIONS ?= 5.18.0,torch==2.9.1,torchao==0.16.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 5.24.0,torch==2.14.1
 
-.PHONY: demo test matrix test-upstream test-vllm test-torchvision reproduce bench docs lint clean
+.PHONY: demo test matrix test-upstream test-vllm test-torchvision test-real reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -28,6 +29,9 @@ test-vllm: $(TESTABLE)
 
 test-torchvision: $(TESTABLE)
 	tests/torchvision.sh $(TESTS)
+
+test-real: $(TESTABLE) $(REAL)/.downloaded
+	PYTHONPATH=$(REAL) $(BIN)/python -m pytest -n 0 tests/real
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce
@@ -52,6 +56,10 @@ $(INSTALLED): setup.py constraints.txt
 $(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[docs,test]"
 	touch $(TESTABLE)
+
+$(REAL)/.downloaded: tests/real/requirements.txt | $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(REAL) -r tests/real/requirements.txt
+	touch $(REAL)/.downloaded
 
 clean:
 	rm -rf .matrix .venv outputs build dist *.egg-info
