@@ -79,7 +79,7 @@ def evaluate(
     state = _processes()
     share = range(state.process_index, len(dataset), state.num_processes)
     if rate is multiple_choice:
-        _check_letters(dataset, share)
+        _check_letters(dataset)  # by every process, or one would stop while the others wait for it
     options = (model, processor, dataset, counts, batch_size, max_new_tokens, show_progress and state.is_main_process)
     [checkpoint] = broadcast_object_list([fingerprint(model, processor) if state.is_main_process else None])
     run = {**checkpoint, "rows": len(dataset), "counts": counts, "metric": metric, "max_new_tokens": max_new_tokens}
@@ -116,9 +116,9 @@ def evaluate(
     return report, predictions
 
 
-def _check_letters(dataset, indices: Sequence[int]) -> None:
+def _check_letters(dataset) -> None:
     """Refuses rows that `multiple_choice` cannot score, before any is answered."""
-    for index in indices:
+    for index in range(len(dataset)):
         for _, target in questions_of(index, to_example(dataset[index])):
             try:
                 target.rate_reply(multiple_choice, "")
