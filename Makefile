@@ -8,7 +8,7 @@ REAL := .matrix/real
 TESTS ?=
 VERSIONS ?= 5.18.0,torch==2.9.1,torchao==0.16.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0 5.24.0,torch==2.14.1
 
-.PHONY: demo test matrix test-upstream test-vllm test-torchvision test-real reproduce bench docs lint clean
+.PHONY: demo test matrix test-upstream test-vllm test-torchvision test-real real reproduce bench docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tokenflex quickstart --output_dir outputs/demo
@@ -32,6 +32,9 @@ test-torchvision: $(TESTABLE)
 
 test-real: $(TESTABLE) $(REAL)/.downloaded
 	PYTHONPATH=$(REAL) $(BIN)/python -m pytest -n 0 tests/real
+
+real: $(TESTABLE) $(REAL)/.downloaded
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=$(abspath $(REAL)) examples/real_model.sh outputs/real
 
 reproduce: $(INSTALLED)
 	$(BIN)/tokenflex reproduce --output_dir outputs/reproduce

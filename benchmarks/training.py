@@ -49,7 +49,7 @@ from tokenflex.training.train import freeze_parts
 STEPS = {"draw": 40, "nested": 6, "packing": 30, "table": 8, "features": 6, "gpu": 20}
 BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "features": 2, "gpu": 16}
 RECIPE_BATCH_SIZE = 16  # of the embedded default
-H200_FLOPS = 989e12  # dense bfloat16, the vendor's figure
+HOPPER_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 (SXM), the vendor's figure
 FEATURES = ((1, 16), (1, 64), (1, 256), (8, 16))  # images of a row, and the vision tokens of each
 SAMPLED = dict(zip(COUNTS, WEIGHTS))
 
@@ -269,7 +269,7 @@ def measure_table(
                 figure["flops_per_step"] = batch_size * step_flops(model, counts, text_tokens)
             else:
                 figure["flops_per_step"] = flops[int(name)] if name.isdigit() else expect(flops, weights)
-            figure["flops_utilization"] = figure["flops_per_step"] / figure["seconds"]["median"] / H200_FLOPS
+            figure["flops_utilization"] = figure["flops_per_step"] / figure["seconds"]["median"] / HOPPER_FLOPS
     for figure in figures.values():
         seconds = figure["seconds"]["median"]
         figure["samples_per_second"] = batch_size / seconds
@@ -342,7 +342,7 @@ def measure_gpu(shape: str, steps: int, warmup: int, batch_size: int, seed: int,
     figures = measure_table(shape, steps, warmup, batch_size, seed, with_flops=True, **options)
     print(
         "\nMFU: (6 * weights * tokens + attention) / seconds, tower forward and backward included, against "
-        f"{H200_FLOPS / 1e12:.0f} TFLOP/s, dense bfloat16 of an H200 (the vendor's figure)."
+        f"{HOPPER_FLOPS / 1e12:.0f} TFLOP/s, dense bfloat16 of an H100 or H200 (the vendor's figure)."
     )
     return figures
 

@@ -80,9 +80,9 @@ def build(name: str, seed: int) -> tuple[TokenFlexForConditionalGeneration, Toke
     torch.manual_seed(seed)
     size = {"height": image_size, "width": image_size}
     image_processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return TokenFlexForConditionalGeneration(config), TokenFlexProcessor(
-        image_processor, tokenizer, config.num_vision_tokens, patch_size
-    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = TokenFlexForConditionalGeneration(config)
+    return model, TokenFlexProcessor(image_processor, tokenizer, config.num_vision_tokens, patch_size)
 
 
 class QuestionRows:

@@ -1,3 +1,4 @@
+import json
 import re
 import runpy
 import shlex
@@ -5,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -81,6 +83,29 @@ def test_an_onnx_file_becomes_the_tower_that_it_was(workplace, monkeypatch):
     assert pixels.shape[-2:] == (224, 224) and tower.config.image_size == 224
     with torch.no_grad():
         assert torch.equal(tower(pixels).last_hidden_state, source(pixels).last_hidden_state)
+
+
+def test_photo_questions_are_of_the_photos_that_the_package_holds(workplace, monkeypatch):
+    drawn = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    (workplace / "package").mkdir()
+    for images, labels in (("data_batch_1.png", "train_lables.json"), ("test_batch.png", "test_lables.json")):
+        Image.fromarray(drawn.reshape(24, 1024, 3)).save(workplace / "package" / images)
+        (workplace / "package" / labels).write_text(json.dumps([number % 10 for number in range(24)]))
+    made = run("photo_questions.py", monkeypatch)
+    rows = datasets.load_dataset("parquet", data_files={"test": "outputs/photos/test.parquet"})["test"]
+    assert len(rows) == 24 and {"large", "medium", "small", "animal or vehicle"} == set(rows["family"])
+    for number, row in enumerate(rows):
+        side = (224, 112, 56)[number % 3]
+        photo = Image.fromarray(drawn[number]).resize((side, side), Image.Resampling.BICUBIC)
+        pixels, photo = np.asarray(row["image"]), np.asarray(photo)
+        assert pixels.shape == (224, 224, 3)
+        corners = range(225 - side)
+        assert any(np.array_equal(pixels[y : y + side, x : x + side], photo) for y in corners for x in corners)
+        word = made["WORDS"][number % 10]
+        kind = "vehicle" if word in made["VEHICLES"] else "animal"
+        assert row["answer"] == (kind if row["family"] == "animal or vehicle" else word)
+    blind = datasets.load_dataset("parquet", data_files="outputs/photos/test_without_pictures.parquet")["train"]
+    assert blind.column_names == ["question", "answer", "family"] and blind["answer"] == rows["answer"]
 
 
 def test_lora_trains_and_merges(workplace, monkeypatch, capsys):
