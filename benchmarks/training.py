@@ -47,7 +47,7 @@ from tokenflex.training.train import freeze_parts
 
 
 STEPS = {"draw": 40, "nested": 6, "packing": 30, "table": 8, "features": 6, "gpu": 20}
-BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "features": 2, "gpu": 16}
+BATCH_SIZES = {"draw": 2, "nested": 2, "packing": 16, "table": 2, "features": 2, "gpu": 8}
 RECIPE_BATCH_SIZE = 16  # of the embedded default
 HOPPER_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 (SXM), the vendor's figure
 FEATURES = ((1, 16), (1, 64), (1, 256), (8, 16))  # images of a row, and the vision tokens of each
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
             figures[part] = measure_features(shape("ViT-S/14 + SmolLM2-135M"), **shared)
         else:
             figures[part] = measure_gpu(shape("so400m + Qwen2.5-1.5B"), **shared, workers=args.workers)
-    report = json.dumps({**figures, **describe_machine(), "seed": args.seed})
+    report = json.dumps({**figures, "machine": describe_machine(), "seed": args.seed})
     if args.output:
         args.output.write_text(f"{report}\n")
     print(f"\n{report}")
